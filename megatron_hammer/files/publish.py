@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +26,7 @@ from megatron_hammer.errors import OutputError
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RANDOM_BYTES = 8
 _RANDOM_PART = rf"\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}"
-_OWN_MARK = b"megatron_hammer"  # in every JSON, page and script that a command writes
+OWN_MARK = "megatron_hammer"  # in every JSON, page and script that a command writes
 _LOCK_PATIENCE_S = 5.0  # for the lock of a folder, which is held for moments only
 
 
@@ -101,19 +101,23 @@ def publish_files(contents: Mapping[Path, str | bytes]) -> None:
             partial.replace(path)
 
 
-def publish_results(contents: Mapping[Path, str | bytes]) -> None:
+def publish_results(contents: Mapping[Path, str | bytes], *, mark: str = OWN_MARK) -> None:
     """`publish_files` of a command's results, which may replace those of an earlier run and nothing else.
 
-    Raises OutputError, and writes nothing, if files are in their places of which none has the name of this package in
-    it: another program or a person wrote them.
+    mark: text that every result of this kind has in it. Raises OutputError, and writes nothing, as `require_results`.
     """
-    present = [path for path in contents if path.is_file() and path.stat().st_size]
-    if present and not any(_OWN_MARK in path.read_bytes() for path in present):
+    require_results(contents, mark=mark)
+    publish_files(contents)
+
+
+def require_results(paths: Iterable[Path], *, mark: str = OWN_MARK) -> None:
+    """Raise OutputError if files are in these places of which none has the mark: something else wrote them."""
+    present = [path for path in paths if path.is_file() and path.stat().st_size]
+    if present and not any(mark.encode() in path.read_bytes() for path in present):
         raise OutputError(
             f"{present[0]}: file must be an earlier result of this command to be replaced, got another file. "
             "Choose another place, or move it away."
         )
-    publish_files(contents)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.command_line import parse_new_name
+from megatron_hammer.files.publish import require_results
 from megatron_hammer.files.tables import build_table, open_console
 from megatron_hammer.scaling.cost.coefficients import (
+    MARK,
     Coefficients,
     build_prior_coefficients,
     flatten_coefficients,
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the fitted coefficients and print them with their errors. Rows left out and the summary go to stderr."""
+    require_results([arguments.output], mark=MARK)  # before the fits, which take minutes
     runs, left_out = read_calibration_runs(arguments)
     start = build_prior_coefficients() if arguments.from_priors else load_coefficients(arguments.start)
     # Runs that are alike would only repeat the same evidence.

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results, require_results
 from megatron_hammer.scaling.hardware.visible_gpus import find_gpus
 from megatron_hammer.scaling.measured.run_sweep import (
     Machine,
@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         list_to_stdout(settings)
         return
     machine = select_machine(arguments)
+    # Before the runs, which take long. The header is in every runs.csv of this command.
+    require_results([arguments.output_dir / "runs.csv"], mark=format_rows(()))
     outcomes = run_sweep(
         settings,
         machine,
@@ -160,7 +162,7 @@ def write_results(outcomes: list[Outcome], machine: Machine, arguments: argparse
     ]
     path = arguments.output_dir / "runs.csv"
     # Also when runs failed: the finished ones need not be measured again.
-    publish_files({path: format_rows(rows)})
+    publish_results({path: format_rows(rows)}, mark=format_rows(()))
     for entry, row in zip(measured, rows, strict=True):
         print(f"{entry.setting.name}: {row['iteration_time_s']} s ({describe_spread(entry, arguments.statistic)})")
     failed = [outcome for outcome in outcomes if outcome.times is None]

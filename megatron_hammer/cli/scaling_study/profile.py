@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.files.publish import publish_files, require_results
+from megatron_hammer.scaling.cost.coefficients import MARK, format_coefficients, load_coefficients
 from megatron_hammer.scaling.hardware.catalogue import (
     find_gpu_by_device_name,
     select_cluster,
@@ -22,6 +23,7 @@ from megatron_hammer.scaling.hardware.catalogue import (
 )
 from megatron_hammer.scaling.hardware.visible_gpus import find_gpus
 from megatron_hammer.scaling.measured.operator_profile import (
+    SOURCE,
     HostProfile,
     OperatorReport,
     build_profile,
@@ -30,6 +32,8 @@ from megatron_hammer.scaling.measured.operator_profile import (
     time_operators,
 )
 from megatron_hammer.scaling.plan import Gpu
+
+TABLES = ("gpus.toml", "clusters.toml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     cluster_name = arguments.cluster or ("cpu-host" if platform == "cpu" else None)
     files = {"path": arguments.clusters_file, "gpus_path": arguments.gpus_file}
     cluster = select_cluster(cluster_name, **files) if cluster_name else select_default_cluster(gpu.name, **files)
+    require_own_files(arguments.output_dir, platform, num_processes)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     # Operators in one process first: with several, they share memory and cores and are slower.
     alone = time_reported(arguments, platform, 1)
@@ -101,18 +106,24 @@ def time_reported(arguments: argparse.Namespace, platform: str, num_processes: i
     )
 
 
+def require_own_files(folder: Path, platform: str, num_processes: int) -> None:
+    """Raise OutputError, before anything is timed, if a file of another origin would be replaced."""
+    require_results([folder / "coefficients.toml"], mark=MARK)
+    if platform == "cpu":
+        require_results([folder / name for name in TABLES], mark=SOURCE)
+    for number in (1, num_processes):
+        require_results([folder / f"operators-{number}.json"], mark='"timings"')
+
+
 def write_profile(profile: HostProfile, alone: OperatorReport, output_dir: Path) -> None:
     """The three files together, and the figures on stdout."""
-    from megatron_hammer.files.publish import publish_files
-    from megatron_hammer.scaling.cost.coefficients import format_coefficients
-
     gpu, cluster = profile.gpu, profile.cluster
     own = profile.coefficients.gpus[gpu.name]
     files: dict[Path, str | bytes] = {output_dir / "coefficients.toml": format_coefficients(profile.coefficients)}
     # A known GPU keeps its data sheet, and its measured ratios are in the coefficients.
     if alone.platform == "cpu":
-        files[output_dir / "gpus.toml"] = format_gpu(gpu)
-        files[output_dir / "clusters.toml"] = format_cluster(cluster)
+        tables = (format_gpu(gpu), format_cluster(cluster))
+        files |= {output_dir / name: text for name, text in zip(TABLES, tables, strict=True)}
     publish_files(files)
     # TFLOP/s x 1000 = GFLOP/s; a CPU core is well below one TFLOP/s.
     print(f"{gpu.name}: {alone.device_name}, fp32 {1e3 * gpu.fp32_tflops:.4g} GFLOP/s, ", end="")

@@ -16,7 +16,7 @@ from megatron_hammer.files.publish import publish_results
 from megatron_hammer.files.tables import build_table, open_console, print_json
 from megatron_hammer.scaling.report.projection_file import SavedRow, read_projection
 from megatron_hammer.scaling.search.projection import describe_plan
-from megatron_hammer.scaling.timeline.trace import StepTrace, build_trace, format_trace, sum_slowest_stage
+from megatron_hammer.scaling.timeline.trace import FORMAT, StepTrace, build_trace, format_trace, sum_slowest_stage
 
 # Of the time in the file, to the one that is predicted again: only rounding may differ.
 TIME_TOLERANCE_RATIO = 1e-9
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     trace = build_trace(row.plan, projection.coefficients, has_parts=arguments.detail == "parts")
     _check_time(trace, row, projection.path)
-    publish_results({arguments.output: format_trace(trace)})
+    publish_results({arguments.output: format_trace(trace)}, mark=FORMAT)
     summary = summarise(trace, arguments.output)
     if arguments.json:
         print_json(summary)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from annotated_types import Gt, Lt
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.scaling.cost.expert_coefficients import (
     EXPERT_NAMES,
@@ -26,6 +26,7 @@ from megatron_hammer.scaling.cost.prior import Prior
 from megatron_hammer.scaling.plan import Gpu, PositiveFloat, PositiveInt
 
 SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
+MARK = "Coefficients of the performance model"  # in the first line of every file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +295,7 @@ def _build(file: _CoefficientsFile, path: str) -> Coefficients:
 
 def format_coefficients(coefficients: Coefficients) -> str:
     """The text of a file that `load_coefficients` reads back to equal numbers."""
-    lines = ["# Coefficients of the performance model, written by `scaling_study.py calibrate`.", "", "[shared]"]
+    lines = [f"# {MARK}, written by `scaling_study.py calibrate`.", "", "[shared]"]
     lines += [f"{name} = {getattr(coefficients, name):.6g}" for name in SHARED_NAMES]
     for gpu, own in coefficients.gpus.items():
         # Quoted, because a dot in a bare key of TOML starts a table inside the table.
@@ -318,8 +319,8 @@ def format_coefficients(coefficients: Coefficients) -> str:
 
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
-    """Write a coefficients file; an incomplete file never gets this name."""
-    publish_files({path: format_coefficients(coefficients)})
+    """Write a coefficients file; an incomplete file never gets this name. OutputError if another file has it."""
+    publish_results({path: format_coefficients(coefficients)}, mark=MARK)
 
 
 def format_toml_value(value: Any) -> str:

@@ -25,6 +25,7 @@ POINTWISE = ("add", "rms_norm", "swiglu", "cross_entropy_with_backward", "adam")
 # Small messages show the latency of a collective, and large ones its bandwidth.
 SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = 4096, 2**20
 GATHERS = ("all_gather", "reduce_scatter")
+SOURCE = "scaling_study.py profile"  # of the tables of a machine
 TIMEOUT_S = 1800.0
 
 
@@ -155,7 +156,7 @@ def _measure_gpu(report: OperatorReport, gpu: Gpu) -> Gpu:
     fp32_tflops = peaks.get("fp32_tflops", gpu.fp32_tflops)
     return replace(
         gpu,
-        source=f"scaling_study.py profile: {report.num_threads} thread(s) of one of {report.num_cores} cores",
+        source=f"{SOURCE}: {report.num_threads} thread(s) of one of {report.num_cores} cores",
         fp32_tflops=fp32_tflops,
         fp16_tflops=peaks.get("fp16_tflops", fp32_tflops),
         bf16_tflops=peaks.get("bf16_tflops", fp32_tflops),
@@ -214,7 +215,7 @@ def _measure_cluster(report: OperatorReport, cluster: Cluster, bandwidth: float,
     latency_s = max(0.0, sum(small) / len(small) - collective_s) / (report.num_processes - 1)
     return replace(
         cluster,
-        source=f"scaling_study.py profile: gloo between {report.num_processes} processes on {report.num_cores} cores",
+        source=f"{SOURCE}: gloo between {report.num_processes} processes on {report.num_cores} cores",
         nvlink_bytes_per_s=bandwidth,
         nvlink_latency_s=latency_s,
         full_speed_processes_per_node=max(1, report.num_cores // report.num_threads),

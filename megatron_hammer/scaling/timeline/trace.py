@@ -35,6 +35,7 @@ TRACK_NAMES = (
     "FSDP beside the layers",
     "tensor parallelism beside the products",
 )
+FORMAT = "megatron_hammer.scaling.trace"
 MOST_SPANS = 1_000_000  # of a file that the viewers still open
 WAIT = "wait for other stages"
 ROUNDING_RATIO = 1e-9  # sums of many spans differ by less
@@ -265,7 +266,7 @@ def format_trace(trace: StepTrace) -> str:
     document = {
         "displayTimeUnit": "ms",
         "otherData": {
-            "format": "megatron_hammer.scaling.trace",
+            "format": FORMAT,
             "what": "a predicted step, not a measured one",
             "model": plan.model.name,
             "gpu": plan.gpu.name,

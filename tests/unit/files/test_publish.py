@@ -273,3 +273,14 @@ def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path: Path
         publish_results(files)
     assert (tmp_path / "a.json").read_text() == "notes"
     assert (tmp_path / "a.png").read_bytes() == b"new"
+
+
+def test_results_of_another_command_stay(tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    output.write_text('{"format": "megatron_hammer.scaling.projection"}')
+    with pytest.raises(OutputError, match=r"step\.json: file must be an earlier result of this command"):
+        publish_results({output: "new"}, mark="megatron_hammer.scaling.trace")
+    assert "projection" in output.read_text()
+    output.write_text('{"format": "megatron_hammer.scaling.trace"}')
+    publish_results({output: "new"}, mark="megatron_hammer.scaling.trace")
+    assert output.read_text() == "new"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.cli.scaling_study import calibrate
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, OutputError
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, load_coefficients, save_coefficients
 from tests.helpers.run_tables import write_table
 from tests.helpers.tool_runs import run_tool
@@ -72,3 +72,10 @@ def test_the_script_has_the_calibrate_command(tmp_path):
     result = run_tool("tools/scaling_study.py", "calibrate", "--runs", tmp_path / "none.csv", "--output", "x")
     assert result.returncode == 2
     assert "none.csv" in result.stderr
+
+
+def test_a_file_of_another_origin_is_not_overwritten(tmp_path, table):
+    before = table.read_bytes()
+    with pytest.raises(OutputError, match=r"runs\.csv: file must be an earlier result of this command"):
+        run("--runs", str(table), "--output", str(table))
+    assert table.read_bytes() == before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.cli.scaling_study.main import parse_arguments
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.errors import ConfigError, OutputError
 
 
 def run(*flags: str) -> None:
@@ -66,3 +66,11 @@ def test_a_row_of_other_coefficients_is_refused(projection: Path, tmp_path: Path
     ):
         run("trace", *flags)
     assert not (tmp_path / "step.json").exists()
+
+
+def test_a_file_of_another_origin_is_not_overwritten(projection: Path, tmp_path: Path) -> None:
+    output = tmp_path / "train.py"
+    output.write_text("import megatron_hammer\n")
+    with pytest.raises(OutputError, match=r"train\.py: file must be an earlier result of this command"):
+        run("trace", "--projection", str(projection), "--row", "4-1", "--output", str(output))
+    assert output.read_text() == "import megatron_hammer\n"
