@@ -36,10 +36,12 @@ from megatron_hammer.scaling.report.projection_file import format_json
 from megatron_hammer.scaling.report.projection_tables import print_table
 from megatron_hammer.scaling.search.projection import Study
 from megatron_hammer.scaling.search.search import Search
+from megatron_hammer.scaling.search.study_problems import MOST_USD_PER_GPU_HOUR
 
 JOB = re.compile(r"(?P<gpu>[^@:]+)(@(?P<cluster>[^@:]+))?:(?P<gpus>\d{1,12}(,\d{1,12})*)(:(?P<precision>\w+))?")
-# Flags with a value for each machine: what the value must be at least.
-LEAST_VALUES = {"usd-per-gpu-hour": 0.0, "pue": 1.0, "grid-kgco2-per-kwh": 0.0}
+# Flags with a value for each machine, and its smallest and largest value. A price or a grid of 0 would make the ratio to
+# the best option infinite.
+LIMITS = {"usd-per-gpu-hour": (1e-6, MOST_USD_PER_GPU_HOUR), "pue": (1.0, 10.0), "grid-kgco2-per-kwh": (1e-6, 10.0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +134,7 @@ def build_studies(arguments: argparse.Namespace) -> list[Study]:
         except ConfigError as error:
             by_job[job] = error.problems
     problems = _merge_problems(by_job, len(arguments.job))
-    for flag in LEAST_VALUES:
+    for flag in LIMITS:
         try:
             values = _read_values(arguments, flag)
         except ConfigError as error:
@@ -204,9 +206,11 @@ def _read_values(arguments: argparse.Namespace, flag: str) -> dict[str, float]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not LEAST_VALUES[flag] <= value < math.inf:
-            least = f"{LEAST_VALUES[flag]:g}"
-            problems.append(f"{flag}: must be a number of at least {least}, or NAME=NUMBER, got {word!r}. Correct it.")
+        least, most = LIMITS[flag]
+        if not least <= value <= most:
+            remedy = f"Correct it, or leave {name or 'the flag'} out."
+            bounds = f"from {least:g} to {most:g}"
+            problems.append(f"{flag}: must be a number {bounds}, or NAME=NUMBER, got {word!r}. {remedy}")
         elif name in values:
             problems.append(f"{flag}: must be given once for each name, got {word!r} again. Drop one of the two.")
         values[name] = value

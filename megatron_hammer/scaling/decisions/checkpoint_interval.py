@@ -98,7 +98,7 @@ def _draw_losses_s(
 
 
 def count_spares(mean_out: float, confidence: float) -> int:
-    """The fewest spare nodes that are enough with this probability, if `mean_out` are in repair on average.
+    """The most nodes in repair at once, with this probability, if `mean_out` are on average.
 
     Nodes fail at random and are repaired independently, so the number in repair follows a Poisson distribution,
     whatever the distribution of the repair time (Palm's theorem; the queue M/G/infinity).

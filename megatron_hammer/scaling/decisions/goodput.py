@@ -35,7 +35,7 @@ HOST_COPY_BYTES_PER_S = 12e9
 # Megatron's default of --distributed-timeout-minutes.
 DETECTION_S, RESTART_S = 600.0, 300.0
 REPAIR_HOURS = 24.0  # an assumption: no published time
-SPARES_CONFIDENCE = 0.95
+SPARES_CONFIDENCE = 0.95  # that one is free at a failure
 NUM_SAMPLES = 4000
 BAND = (10.0, 50.0, 90.0)  # percentiles; the outer two are those of a step's band
 Z_OF_BAND = 1.2816  # standard deviations of a normal distribution to either end of 80 %
@@ -110,10 +110,12 @@ def estimate_goodput(row: SavedRow, train_tokens: int | None, operations: Operat
         mtbf_s=mtbf_s,
         mtbf_s_interval=mtbfs,
         save_interval_steps=steps,
-        equal_steps=_find_equal_steps(steps, step_s, cost, mtbf_s),
+        equal_steps=_find_equal_steps(steps, min(num_steps, 16 * steps), step_s, cost, mtbf_s),
         save_interval_steps_interval=(ends[0], ends[1]),
         goodput_ratio=ratio,
-        num_spare_nodes=count_spares(nodes_out, SPARES_CONFIDENCE),
+        # One more than are in repair, because every failure takes the place of a node: without a free spare, the job
+        # waits for the repair and not only for the restart.
+        num_spare_nodes=1 + count_spares(nodes_out, SPARES_CONFIDENCE),
         **_estimate_days(row, train_tokens, steps, cost, mtbf_s, rates, random, ratio),
         problem=None if ratio >= LEAST_GOODPUT_RATIO else _describe_stuck_run(row, cost, mtbf_s),
     )
@@ -148,15 +150,18 @@ def _find_least_steps(step_s: float, cost: SaveCost) -> int:
     return max(1, math.ceil(min(cost.lag_s / step_s, MOST_STEPS)))
 
 
-def _find_equal_steps(best: int, step_s: float, cost: SaveCost, mtbf_s: float) -> tuple[int, int]:
-    """The range around the best interval within EQUAL_RATIO of its run. The cost has one minimum, so it is bisected."""
+def _find_equal_steps(best: int, most: float, step_s: float, cost: SaveCost, mtbf_s: float) -> tuple[int, int]:
+    """The range around the best interval, up to `most`, within EQUAL_RATIO of its run.
+
+    The cost has one minimum, so it is bisected.
+    """
     least = min(best, _find_least_steps(step_s, cost))
     limit_s = EQUAL_RATIO * estimate_run_s(1.0, best * step_s, cost, mtbf_s)
 
     def is_equal(steps: int) -> bool:
         return estimate_run_s(1.0, steps * step_s, cost, mtbf_s) <= limit_s
 
-    return _bisect(best, least, is_equal), _bisect(best, 16 * best, is_equal)
+    return _bisect(best, least, is_equal), _bisect(best, int(most), is_equal)
 
 
 def _bisect(inside: int, end: int, is_inside: Callable[[int], bool]) -> int:
@@ -233,5 +238,5 @@ def _describe_stuck_run(row: SavedRow, cost: SaveCost, mtbf_s: float) -> str:
     return (
         f"row {row.row_id}: a step, a save and a restart must fit between two failures, got "
         f"step={row.step_time_s:,.1f} s, save={cost.stall_s:,.0f} s, restart={cost.down_s:,.0f} s, failures every "
-        f"{mtbf_s:,.0f} s. Use faster storage, --async-save, or fewer GPUs."
+        f"{mtbf_s:,.3g} s. Use faster storage, --async-save, or fewer GPUs."
     )

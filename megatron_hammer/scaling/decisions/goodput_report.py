@@ -79,7 +79,7 @@ def describe_flags(one: Goodput, operations: Operations) -> str:
         f"row {one.row.row_id}: pass {flags} ({format_seconds(one.save_interval_steps * one.row.step_time_s)}). "
         f"{low:,} to {high:,} steps make the run at most {EQUAL_RATIO - 1:.1%} longer; keep "
         f"{one.num_spare_nodes:,} spare node{'' if one.num_spare_nodes == 1 else 's'} "
-        f"({SPARES_CONFIDENCE:.0%} of the time enough)."
+        f"(one is free at {SPARES_CONFIDENCE:.0%} of the failures)."
     )
 
 

@@ -20,6 +20,8 @@ SIZE_FLAGS = {
 # Beyond every cluster and batch. The search lists the divisors of these numbers, which takes their square root.
 LARGEST_SIZE = 10**9
 LARGEST_LAYERS = 2_000  # twice the deepest published model; stages are counted layer by layer
+LARGEST_TOKENS = 10**18  # a thousand times what all people have written
+MOST_USD_PER_GPU_HOUR = 1e6
 CPU_PRECISIONS = ("fp32", "bf16")  # platforms/cpu.py
 
 
@@ -109,9 +111,13 @@ def _find_number_problems(study: Study) -> list[str]:
         ("knee", study.knee_ratio, 0 < study.knee_ratio <= 1, "above 0 and at most 1", "--knee 0.8"),
     ]
     if study.train_tokens is not None:
-        limits.append(("train-tokens", study.train_tokens, study.train_tokens >= 1, "at least 1", "--train-tokens 15T"))
+        is_good = 1 <= study.train_tokens <= LARGEST_TOKENS
+        bound = f"at least 1 and at most {LARGEST_TOKENS:g}"
+        limits.append(("train-tokens", study.train_tokens, is_good, bound, "--train-tokens 15T"))
     if price is not None:
-        limits.append(("usd-per-gpu-hour", price, 0 <= price < math.inf, "0 or more", "--usd-per-gpu-hour 2.5"))
+        bound = f"at least 0 and at most {MOST_USD_PER_GPU_HOUR:g}"
+        is_good = 0 <= price <= MOST_USD_PER_GPU_HOUR
+        limits.append(("usd-per-gpu-hour", price, is_good, bound, "--usd-per-gpu-hour 2.5"))
     problems += [
         f"{flag}: must be {bound}, got {value:g}. Pass {example}."
         for flag, value, is_good, bound, example in limits

@@ -131,7 +131,7 @@ def test_clusters_on_which_the_run_never_ends_are_in_the_band() -> None:
 def test_a_short_run_is_saved_once() -> None:
     good = estimate_goodput(build_row(num_gpus=8, model=PRESETS["llama3-8b"].model), 2048 * 8192 * 50, Operations())
     assert good.save_interval_steps == 50
-    assert good.num_spare_nodes == 0
+    assert good.num_spare_nodes == 1  # also the rarest failure needs a node that is not in repair
 
 
 def test_drawn_steps_have_the_band_of_the_prediction() -> None:

@@ -103,14 +103,18 @@ def test_a_good_study_has_no_problems() -> None:
         ),
         ({"knee_ratio": 1.5}, "knee: must be above 0 and at most 1, got 1.5. Pass --knee 0.8."),
         ({"knee_ratio": float("nan")}, "knee: must be above 0 and at most 1, got nan. Pass --knee 0.8."),
-        ({"train_tokens": 0}, "train-tokens: must be at least 1, got 0. Pass --train-tokens 15T."),
+        (
+            {"train_tokens": 10**30},
+            "train-tokens: must be at least 1 and at most 1e+18, got 1e+30. Pass --train-tokens 15T.",
+        ),
+        ({"train_tokens": 0}, "train-tokens: must be at least 1 and at most 1e+18, got 0. Pass --train-tokens 15T."),
         (
             {"usd_per_gpu_hour": -2.0},
-            "usd-per-gpu-hour: must be 0 or more, got -2. Pass --usd-per-gpu-hour 2.5.",
+            "usd-per-gpu-hour: must be at least 0 and at most 1e+06, got -2. Pass --usd-per-gpu-hour 2.5.",
         ),
         (
             {"usd_per_gpu_hour": float("inf")},
-            "usd-per-gpu-hour: must be 0 or more, got inf. Pass --usd-per-gpu-hour 2.5.",
+            "usd-per-gpu-hour: must be at least 0 and at most 1e+06, got inf. Pass --usd-per-gpu-hour 2.5.",
         ),
         (
             {"global_batch_size": 0},
