@@ -70,6 +70,15 @@ def test_trainings_are_read_from_their_folders(tmp_path: Path) -> None:
     assert study["compute_convention"].startswith("convention A: layers and head, causal attention, no input embedding")
     assert [run["num_tokens"] for run in study["runs"]] == [81920, 245760, 81920, 245760, 81920, 245760, 737280]
     assert {run["loss_source"] for run in study["runs"]} == {f"loss of validation at step {n}" for n in (10, 30, 90)}
+    # A plan reads the same runs.
+    machine = ("--gpu", "cpu-core", "--gpus", "1", "--micro-batch-size", "1")
+    flags = ("--preset", "hammer-tiny", "--keep-model", "--train-tokens", "1M", *machine, "--json")
+    result = run_tool_here("tools/scaling_study.py", "plan", "--runs", *specs, *flags)
+    assert result.returncode == 0, result.stderr
+    law = study["law"]
+    size, tokens = count_parameters(PRESETS["hammer-tiny"].model), 10**6
+    loss = law["E"] + law["A"] / size ** law["alpha"] + law["B"] / tokens ** law["beta"]
+    assert json.loads(result.stdout)["loss"] == pytest.approx(loss)
 
 
 def write_training(folder: Path, preset: str, num_steps: int) -> None:
@@ -116,9 +125,9 @@ TABLE_HAS_IT = ("must be left out with --table", "--runs")
         (
             ("--flop-convention", "A", "--loss", "training", "--validation-set", "zh"),
             [
-                ("flop-convention:", *TABLE_HAS_IT),
                 ("loss:", *TABLE_HAS_IT),
                 ("validation-set:", *TABLE_HAS_IT),
+                ("flop-convention:", *TABLE_HAS_IT),
             ],
         ),
     ],

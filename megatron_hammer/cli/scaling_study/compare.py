@@ -39,8 +39,8 @@ from megatron_hammer.scaling.search.search import Search
 from megatron_hammer.scaling.search.study_problems import MOST_USD_PER_GPU_HOUR
 
 JOB = re.compile(r"(?P<gpu>[^@:]+)(@(?P<cluster>[^@:]+))?:(?P<gpus>\d{1,12}(,\d{1,12})*)(:(?P<precision>\w+))?")
-# Flags with a value for each machine, and its smallest and largest value. A price or a grid of 0 would make the ratio to
-# the best option infinite.
+# Flags with a value for each machine, and its smallest and largest value. A price or a grid of 0 would make the ratio
+# to the best option infinite.
 LIMITS = {"usd-per-gpu-hour": (1e-6, MOST_USD_PER_GPU_HOUR), "pue": (1.0, 10.0), "grid-kgco2-per-kwh": (1e-6, 10.0)}
 
 

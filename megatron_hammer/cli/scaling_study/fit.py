@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, FlopConvention
 from megatron_hammer.scaling.loss_law import runs as loss_law_runs
 from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
 from megatron_hammer.scaling.loss_law.law import LossFit, LossRun, fit_loss_law
@@ -23,45 +23,18 @@ from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_s
 
 # 6 FLOPs per parameter and token: 2 forward and 4 backward (Kaplan et al. 2020, arXiv 2001.08361).
 SIX_ND = "6ND"
-
-
+WINDOW_RATIO = 0.05
 MOST_SAMPLES = 100_000  # more move an interval's ends by less than is shown, and need memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The runs, what N and compute count, the budgets, and the output. `run` refuses flags without effect."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--runs",
-        nargs="+",
-        metavar="MODEL=PATH",
-        help="finished trainings: MODEL is a preset, a Hugging Face folder or a number of parameters, PATH the folder "
-        "of metrics.jsonl (or the file); PRESET@4000=PATH for another vocabulary size than the preset's",
-    )
-    source.add_argument(
-        "--table", type=Path, help="CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer"
-    )
-    parser.add_argument(
-        "--leave-out", nargs="+", default=[], metavar="RUN", help="runs of these names, such as diverged"
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         "--parameters",
         choices=tuple(loss_law_runs.PARAMETER_CONVENTIONS),
         default="total",
         help="what N counts for --runs; the N of a table is used unchanged (%(default)s)",
-    )
-    parser.add_argument(
-        "--loss",
-        choices=("auto", "validation", "training"),
-        default="auto",
-        help="auto: validation at the last step where every run has it, else training (%(default)s)",
-    )
-    parser.add_argument("--validation-set", help="which one of validation.jsonl (default: the only one)")
-    parser.add_argument(
-        "--window-ratio",
-        type=float,
-        default=0.05,
-        help="share of a run's steps, at its end, whose training losses are averaged (%(default)s)",
     )
     parser.add_argument(
         "--flop-convention",
@@ -91,10 +64,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the whole result as one JSON object on stdout")
 
 
+def add_run_arguments(group: argparse._ActionsContainer) -> None:
+    """The finished runs of the law; `plan` has the same flags. `read_loss_runs` reads them."""
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="MODEL=PATH",
+        help="finished trainings: MODEL is a preset, a Hugging Face folder or a number of parameters, PATH the folder "
+        "of metrics.jsonl (or the file); PRESET@4000=PATH for another vocabulary size than the preset's",
+    )
+    source.add_argument(
+        "--table", type=Path, help="CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer"
+    )
+    group.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="RUN", help="runs of these names, such as diverged"
+    )
+    group.add_argument(
+        "--loss",
+        choices=("auto", "validation", "training"),
+        default="auto",
+        help="auto: validation at the last step where every run has it, else training (%(default)s)",
+    )
+    group.add_argument("--validation-set", help="which one of validation.jsonl (default: the only one)")
+    group.add_argument(
+        "--window-ratio",
+        type=float,
+        default=WINDOW_RATIO,
+        help="share of a run's steps, at its end, whose training losses are averaged (%(default)s)",
+    )
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Print the fitted law, after the files of --output-dir are written. Raises ConfigError or DataError."""
     _check_arguments(arguments)
-    runs = _read_runs(arguments)
+    flops = None if arguments.flop_convention == SIX_ND else arguments.flop_convention
+    runs = read_loss_runs(arguments, flops)
     fit = fit_loss_law(
         runs, num_samples=arguments.bootstrap_samples, confidence=arguments.confidence, seed=arguments.seed
     )
@@ -115,11 +120,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    problems = _find_lonely_flags(arguments)
+    problems = [*find_run_problems(arguments), *_find_lonely_flags(arguments)]
     if not 0 < arguments.confidence < 1:
         problems.append(f"confidence: must be between 0 and 1, got {arguments.confidence:g}. Pass 0.9 for 90%.")
-    if not 0 < arguments.window_ratio <= 1:
-        problems.append(f"window-ratio: must be above 0 and at most 1, got {arguments.window_ratio:g}. Pass 0.05.")
     # An interval of 90% cuts off 5% at each end, which are only 5 of 100 samples.
     if not 100 <= arguments.bootstrap_samples <= MOST_SAMPLES:
         problems.append(
@@ -142,26 +145,39 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError(*problems)
 
 
+def find_run_problems(arguments: argparse.Namespace) -> list[str]:
+    """Of the flags of `add_run_arguments`: values that cannot be meant, and flags that would have no effect."""
+    problems = []
+    if not 0 < arguments.window_ratio <= 1:
+        problems.append(f"window-ratio: must be above 0 and at most 1, got {arguments.window_ratio:g}. Pass 0.05.")
+    name = arguments.validation_set
+    if arguments.table is not None:
+        # argparse does not tell a typed default from an absent flag, so only other values are refused.
+        given = {
+            "loss": arguments.loss != "auto",
+            "validation-set": name is not None,
+            "window-ratio": arguments.window_ratio != WINDOW_RATIO,
+        }
+        problems += [_refuse_with_table(flag) for flag, is_given in given.items() if is_given]
+    # Training losses have no validation set.
+    elif name is not None and arguments.loss == "training":
+        problems.append(f"validation-set: must be left out with --loss training, got {name}. Drop one of the two.")
+    return problems
+
+
+def _refuse_with_table(flag: str) -> str:
+    return f"{flag}: must be left out with --table, whose columns say it. Use --runs."
+
+
 def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
     """Flags that would have no effect together with the others. They are errors, because no flag is ignored."""
     problems = []
     if arguments.table is not None:
         given = {
-            # argparse does not tell a typed default from an absent flag, so only other values are refused.
             "parameters": arguments.parameters != "total",
             "flop-convention": arguments.flop_convention != SIX_ND,
-            "loss": arguments.loss != "auto",
-            "validation-set": arguments.validation_set is not None,
         }
-        problems += [
-            f"{flag}: must be left out with --table, whose columns say it. Use --runs."
-            for flag, is_given in given.items()
-            if is_given
-        ]
-    # Training losses have no validation set.
-    elif arguments.validation_set is not None and arguments.loss == "training":
-        name = arguments.validation_set
-        problems.append(f"validation-set: must be left out with --loss training, got {name}. Drop one of the two.")
+        problems += [_refuse_with_table(flag) for flag, is_given in given.items() if is_given]
     if arguments.projection_gpus is not None and not arguments.projection:
         number = arguments.projection_gpus
         problems.append(f"projection-gpus: must come with --projection, got {number} alone. Pass both.")
@@ -176,7 +192,8 @@ def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
+def read_loss_runs(arguments: argparse.Namespace, flops: FlopConvention | None = None) -> list[LossRun]:
+    """The runs of --table or --runs. flops: of LossRun.flops_per_token. Raises DataError or ConfigError."""
     if arguments.table is not None:
         runs = loss_law_runs.read_table(arguments.table)
         return loss_law_runs.leave_out(runs, [run.name for run in runs], arguments.leave_out)
@@ -184,7 +201,7 @@ def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
     specs = loss_law_runs.leave_out(arguments.runs, loss_law_runs.name_runs(arguments.runs), arguments.leave_out)
     options = loss_law_runs.ReadOptions(
         parameters=arguments.parameters,
-        flops=None if arguments.flop_convention == SIX_ND else arguments.flop_convention,
+        flops=flops,
         loss=arguments.loss,
         validation_set=arguments.validation_set,
         window_ratio=arguments.window_ratio,
@@ -192,11 +209,15 @@ def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
     return loss_law_runs.read_metrics_runs(specs, options, arguments.read_hf_model)
 
 
-def _build_study(arguments: argparse.Namespace, fit: LossFit) -> LossStudy:
+def describe_size(arguments: argparse.Namespace) -> str:
+    """What N counts."""
     if arguments.table is not None:
-        convention = f"as {arguments.table.name} counts them"
-    else:
-        convention = loss_law_runs.PARAMETER_CONVENTIONS[arguments.parameters]
+        return f"as {arguments.table.name} counts them"
+    return loss_law_runs.PARAMETER_CONVENTIONS[arguments.parameters]
+
+
+def _build_study(arguments: argparse.Namespace, fit: LossFit) -> LossStudy:
+    convention = describe_size(arguments)
     cost = _build_cost(arguments, fit, convention)
     optima = [find_optimum(fit, cost, budget) for budget in arguments.budget_flops]
     if arguments.budget_gpu_hours:

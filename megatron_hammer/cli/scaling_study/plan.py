@@ -7,6 +7,7 @@ added as `goodput` does it. What lies beyond the runs of the law is marked as ex
   plan --table losses.csv --target-loss 2.1 --preset llama3-8b --gpu h100-sxm --gpus 256,1024 --deadline-days 60
   plan --table losses.csv --train-tokens 300B --preset hammer-1b4 --gpu a100-sxm-80gb --gpus 64,128 \\
       --usd-per-gpu-hour 2 --budget-usd 100000
+  plan --runs hammer-tiny=runs/a hammer-tiny=runs/b tiny-llm-zh-16m=runs/c ... --target-loss 3 --preset hammer-1b4 ...
 """
 
 import argparse
@@ -14,6 +15,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from megatron_hammer.cli.scaling_study.fit import (
+    add_run_arguments,
+    describe_size,
+    find_run_problems,
+    read_loss_runs,
+)
 from megatron_hammer.cli.scaling_study.goodput import add_operation_arguments, build_operations
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
@@ -25,7 +32,7 @@ from megatron_hammer.scaling.decisions.training_plan import Target, TrainingPlan
 from megatron_hammer.scaling.decisions.training_plan_report import as_object, build_plan_table, describe_decision
 from megatron_hammer.scaling.loss_law.law import fit_loss_law
 from megatron_hammer.scaling.loss_law.optimum import six_nd_cost
-from megatron_hammer.scaling.loss_law.runs import PARAMETER_CONVENTIONS, read_table
+from megatron_hammer.scaling.loss_law.runs import PARAMETER_CONVENTIONS
 from megatron_hammer.scaling.report.projection_file import format_json
 from megatron_hammer.scaling.report.projection_tables import print_table
 from megatron_hammer.scaling.search.projection import Study
@@ -35,14 +42,12 @@ from megatron_hammer.scaling.search.search import Search
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The law and its target, the study, how the cluster is run, and the output."""
     law = parser.add_argument_group("loss law and target")
-    law.add_argument(
-        "--table", type=Path, required=True, help="CSV of finished runs with num_parameters, num_tokens and loss"
-    )
+    add_run_arguments(law)
     law.add_argument(
         "--parameters",
         choices=tuple(PARAMETER_CONVENTIONS),
         default="total",
-        help="what num_parameters of the table counts (%(default)s)",
+        help="what N counts, also in a table (%(default)s)",
     )
     law.add_argument("--target-loss", type=float, metavar="LOSS", help="instead of --train-tokens, in nats per token")
     law.add_argument("--keep-model", action="store_true", help="train the model as it is, instead of the best size")
@@ -61,11 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     operations = build_operations(arguments)
     study = build_study(arguments, arguments.read_hf_model)
     target = build_target(arguments, study)
-    fit = fit_loss_law(read_table(arguments.table), seed=arguments.seed)
-    cost = six_nd_cost(f"as {arguments.table.name} counts them")
+    fit = fit_loss_law(read_loss_runs(arguments), seed=arguments.seed)
+    cost = six_nd_cost(describe_size(arguments))
     chosen = choose_run(fit, cost, target, study.model, arguments.parameters)
     coefficients = load_coefficients(arguments.coefficients)
-    search = Search(predict=partial(predict_step, coefficients=coefficients))
+    search = Search(
+        predict=partial(predict_step, coefficients=coefficients), layout_correlation=coefficients.layout_correlation
+    )
     plan = plan_training(chosen, study, search, operations, target)
     text = format_json(as_object(plan))
     if arguments.output_dir is not None:
@@ -80,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def build_target(arguments: argparse.Namespace, study: Study) -> Target:
     """Raises ConfigError for targets that contradict one another or cannot be meant."""
-    problems = []
+    problems = find_run_problems(arguments)
     if (arguments.target_loss is None) == (arguments.train_tokens is None):
         given = "both" if arguments.target_loss is not None else "neither"
         problems.append(f"target-loss: exactly one of it and --train-tokens must be given, got {given}. Pass one.")
