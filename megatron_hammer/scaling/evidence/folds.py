@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 from megatron_hammer.scaling.evidence.calibration import name_publication
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 
-FoldBy = Literal["recipe", "publication"]
+FoldBy = Literal["recipe", "publication", "recipe-only"]
 FOLDS_BY: tuple[FoldBy, ...] = get_args(FoldBy)
 
 
@@ -39,11 +39,12 @@ class Fold(NamedTuple):
 def list_folds(runs: Sequence[MeasuredRun], *, by: FoldBy = "recipe") -> list[Fold]:
     """Every run is held out once: with its publication and, by recipe, without near copies in other publications.
 
-    If there is only one publication, a fold holds out one recipe. If there is only one recipe too, each run alone.
+    recipe-only: with its recipe everywhere, while other recipes of its publication stay. If there is only one
+    publication, a fold holds out one recipe, too. If there is only one recipe, each run alone.
     """
     publications = [name_publication(run.source) for run in runs]
     recipes = [name_recipe(run) for run in runs]
-    names: Sequence[Hashable] = publications if len(set(publications)) > 1 else recipes
+    names: Sequence[Hashable] = publications if len(set(publications)) > 1 and by != "recipe-only" else recipes
     if len(set(names)) == 1:
         return [Fold([row], [other for other in range(len(runs)) if other != row]) for row in range(len(runs))]
     folds = []
