@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="recipe",
         help="predict every run with coefficients fitted without its publication and without the same model, GPU and "
-        "kinds of parallelism elsewhere; with `publication`, these near copies stay in the fit; with `recipe-only`, they do "
-        "not, but other recipes of its publication do",
+        "kinds of parallelism elsewhere; with `publication`, these near copies stay in the fit; with `recipe-only`, "
+        "other recipes of its publication do",
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     parser.add_argument(

@@ -1,9 +1,12 @@
 """How far published runs reach, and which layouts go beyond: nobody has shown that those work as predicted."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
+from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import (
     PUBLISHED_LARGE_RUNS_PATH,
@@ -17,6 +20,7 @@ TABLES = (PUBLISHED_RUNS_PATH, PUBLISHED_LARGE_RUNS_PATH, PUBLISHED_MOE_PATH)
 SIZE_NAMES = {
     "fsdp": "ranks that FSDP shards over",
     "fsdp_experts": "ranks that FSDP shards an expert over",
+    "fsdp_stage": "billion parameters of one pipeline stage under FSDP",
     "optimizer": "ranks that share the optimizer",
     "gpus": "GPUs",
 }
@@ -36,9 +40,17 @@ def list_sizes(plan: Plan) -> dict[str, int]:
         "fsdp": shard_size if is_fsdp else 1,
         # Without expert parallelism every rank gathers all experts, of which a token uses a few.
         "fsdp_experts": layout.expert_data_parallel_size if is_fsdp and has_experts else 1,
+        # All of a stage passes through every rank once per pass and micro-batch.
+        "fsdp_stage": _count_billions(plan.model) // layout.pipeline_model_parallel_size if is_fsdp else 0,
         "optimizer": shard_size if plan.sharding == "distributed_optimizer" else 1,
         "gpus": layout.world_size,
     }
+
+
+@lru_cache(maxsize=64)
+def _count_billions(model: ModelShape) -> int:
+    """Without layers for further tokens: publications differ in whether they train those."""
+    return round(count_parameters(replace(model, num_mtp_layers=0)) / 1e9)
 
 
 @lru_cache(maxsize=1)

@@ -79,6 +79,20 @@ def test_dense_models_say_nothing_of_mixtures() -> None:
     assert mark(replace(small, layout=replace(small.layout, expert_model_parallel_size=8))) == ()
 
 
+def test_a_model_is_marked_that_fsdp_would_gather_in_larger_stages_than_any_published_run() -> None:
+    """torchtitan trained DeepSeek-V3 under FSDP in two stages; nobody has published it in one."""
+    runs = (run for run in read_runs(PUBLISHED_MOE_PATH)[0] if run.model.lower() == "deepseek-v3")
+    model = next(run.plan.model for run in runs)
+    layout = ParallelLayout(data_parallel_size=256, expert_model_parallel_size=32)
+    one_stage = replace(build_plan(), model=model, layout=layout, sharding="fsdp")
+    (caution,) = mark(one_stage)
+    assert caution.startswith("671 billion parameters of one pipeline stage under FSDP: at most ")
+    assert (
+        mark(replace(one_stage, layout=replace(layout, pipeline_model_parallel_size=2, data_parallel_size=128))) == ()
+    )
+    assert mark(replace(one_stage, sharding="distributed_optimizer")) == ()
+
+
 def test_sharding_inside_a_group_counts_its_ranks() -> None:
     plan = replace(build_plan(data_parallel_size=8192), sharding="fsdp", shard_size=64)
     assert list_sizes(plan)["fsdp"] == 64
