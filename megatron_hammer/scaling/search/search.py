@@ -46,7 +46,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_shard_sizes,
     list_shardings,
 )
-from megatron_hammer.scaling.search.standing import find_widest_tie_ratio, rank_families
+from megatron_hammer.scaling.search.standing import Choose, choose_start, find_widest_tie_ratio, rank_families
 
 # Safety margin of the bound, for rounding and for parts that a predictor counts a little differently with and without
 # pipeline stages: a plan is skipped only if this share of its bound is above the slowest of the best.
@@ -118,14 +118,17 @@ class Search:
         predict: Predict,
         estimate: EstimateMemory = estimate_heaviest_plan_stage,
         layout_correlation: float | None = None,
+        choose: Choose = choose_start,
     ) -> None:
         """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage.
 
-        layout_correlation: that of the coefficients, by default of the shipped ones.
+        layout_correlation: that of the coefficients, by default of the shipped ones. choose: which layout stands for a
+        family, and which comes first.
         """
         self._predict = predict
         self._estimate = estimate
         self._correlation = layout_correlation or load_coefficients().layout_correlation
+        self._choose = choose
         self._layer_times_s: dict[tuple[Any, ...], dict[int, float]] = {}
         self._exchanges: dict[tuple[Any, ...], ContextExchange] = {}
 
@@ -161,7 +164,7 @@ class Search:
         if not found:
             return ()
         marked = [replace(one, standing=Standing(cautions=_list_study_cautions(study, one))) for one in found]
-        return tuple(rank_families(marked, study.num_best, _identify_family, self._correlation))
+        return tuple(rank_families(marked, study.num_best, _identify_family, self._correlation, self._choose))
 
     def _list_candidates(self, study: Study, num_gpus: int, batch: int, fit: "_Fit") -> Iterator[_Candidate]:
         layouts = list_layouts(

@@ -29,6 +29,9 @@ MOST_GIVEN_UP_RATIO = 0.02
 # A tie is worth giving up speed for only if it frees at least this share of the GPU's memory.
 FAR_LESS_MEMORY_RATIO = 0.25
 
+# Of the fastest first, the correlation, and the narrowest spread: the position of the one that stands for them.
+Choose = Callable[[Sequence[Projection], float, float | None], int]
+
 
 def estimate_spread(step: StepTime) -> float:
     """The standard deviation of log(predicted / measured) that the step's band stands for."""
@@ -41,23 +44,30 @@ def find_widest_tie_ratio(step: StepTime) -> float:
     return math.exp(TIE_Z * math.sqrt(2) * estimate_spread(step))
 
 
-def build_error_covariance(projections: Sequence[Projection], correlation: float) -> NDArray[np.float64]:
+def build_error_covariance(
+    projections: Sequence[Projection], correlation: float, narrowest: float | None = None
+) -> NDArray[np.float64]:
     """Of log(predicted / measured) of every two layouts. correlation: Coefficients.layout_correlation.
 
     What the narrowest band stands for is shared as far as the layouts are alike. What a wider band stands for beyond
     that, as that of FSDP does, is an error of all layouts with this band together.
+    narrowest: the spread of the narrowest band of the whole search, if these are only some of its layouts. Otherwise
+    two layouts could be a tie among a few and none among all.
     """
     spreads = np.array([estimate_spread(one.step) for one in projections])
-    narrowest = spreads.min()
+    narrowest = spreads.min() if narrowest is None else narrowest
     shared = narrowest**2 * correlation ** measure_layout_distances([one.plan for one in projections])
     is_same_band = np.isclose(spreads[:, None], spreads[None, :])
     return shared + is_same_band * (spreads[:, None] ** 2 - narrowest**2)
 
 
-def find_ties(projections: Sequence[Projection], correlation: float) -> list[bool]:
-    """Which layouts are tied with the first one, the fastest: their chance to be faster is at least TIE_CHANCE."""
+def find_ties(projections: Sequence[Projection], correlation: float, narrowest: float | None = None) -> list[bool]:
+    """Which layouts are tied with the first one, the fastest: their chance to be faster is at least TIE_CHANCE.
+
+    narrowest: as in build_error_covariance.
+    """
     compared = projections[:MOST_COMPARED]
-    covariance = build_error_covariance(compared, correlation)
+    covariance = build_error_covariance(compared, correlation, narrowest)
     variances = np.diag(covariance) + covariance[0, 0] - 2 * covariance[0]
     gaps = np.log([one.step.total_s / compared[0].step.total_s for one in compared])
     ties = (gaps <= TIE_Z * np.sqrt(np.clip(variances, 0, None))).tolist()
@@ -100,14 +110,22 @@ def count_kinds(plan: Plan) -> int:
     )
 
 
-def choose_start(projections: Sequence[Projection], correlation: float) -> int:
+def choose_fastest(projections: Sequence[Projection], correlation: float, narrowest: float | None = None) -> int:
+    """The fastest of those with the fewest cautions: `choose_start` without a choice between ties.
+
+    For questions about times, because that choice may flip where nothing else changes.
+    """
+    return min(range(len(projections)), key=lambda one: len(projections[one].standing.cautions))
+
+
+def choose_start(projections: Sequence[Projection], correlation: float, narrowest: float | None = None) -> int:
     """The position of the layout to start from, among those that are tied with the first one, the fastest.
 
     The rule: the fewest cautions, whatever a tie gives up. Of those that are at most MOST_GIVEN_UP_RATIO slower than
     the fastest of them: the fewest mechanisms (count_kinds), then the fastest, unless another one needs far less memory
-    (FAR_LESS_MEMORY_RATIO of the GPU's).
+    (FAR_LESS_MEMORY_RATIO of the GPU's). narrowest: as in build_error_covariance.
     """
-    tied = [one for one, is_tied in enumerate(find_ties(projections, correlation)) if is_tied]
+    tied = [one for one, is_tied in enumerate(find_ties(projections, correlation, narrowest)) if is_tied]
     fewest = min(len(projections[one].standing.cautions) for one in tied)
     fastest, *slower = [one for one in tied if len(projections[one].standing.cautions) == fewest]
     limit_s = projections[fastest].step.total_s * (1 + MOST_GIVEN_UP_RATIO)
@@ -122,20 +140,25 @@ def choose_start(projections: Sequence[Projection], correlation: float) -> int:
 
 
 def rank_families(
-    found: Sequence[Projection], num_shown: int, identify_family: Callable[[Plan], Hashable], correlation: float
+    found: Sequence[Projection],
+    num_shown: int,
+    identify_family: Callable[[Plan], Hashable],
+    correlation: float,
+    choose: Choose = choose_start,
 ) -> list[Projection]:
     """One layout of each family with its standing: the one to start from, then the others in the order of their times.
 
-    found: the fastest first, with their cautions. A family is represented by its own choice of `choose_start`. If there
+    found: the fastest first, with their cautions. A family is represented by its own choice of `choose`. If there
     are fewer families than layouts to be shown, the fastest near copies follow.
     """
-    start = choose_start(found, correlation)
+    narrowest = min(estimate_spread(one.step) for one in found)
+    start = choose(found, correlation, narrowest)
     families: dict[Hashable, list[int]] = defaultdict(list)
     for position, one in enumerate(found):
         families[identify_family(one.plan)].append(position)
     members_of = {}
     for members in families.values():
-        own = start if start in members else members[choose_start([found[one] for one in members], correlation)]
+        own = start if start in members else members[choose([found[one] for one in members], correlation, narrowest)]
         members_of[own] = members
     # Positions are in the order of the times.
     shown = sorted(members_of, key=lambda one: (one != start, one))[:num_shown]

@@ -1,7 +1,7 @@
 """What one change at a time does to a study: to its time, to its best layout, and to the ranking of its layouts.
 
-The best layout is here the fastest one, and not the one to start from: that one is chosen between ties, and a choice
-that flips is no effect of the change.
+The best layout is here the fastest one of those with the fewest cautions, and not the one to start from: that one is
+chosen between ties, and a choice that flips is no effect of the change.
 Each variation is searched anew, and the layouts that were best before it are predicted again under it. Both predictions
 share most of their errors, so their ratio is known better than either time.
 """
@@ -20,6 +20,7 @@ from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection
 from megatron_hammer.scaling.search.search import EstimateMemory, Search
 from megatron_hammer.scaling.search.search_space import SearchSpace
+from megatron_hammer.scaling.search.standing import choose_fastest
 from megatron_hammer.scaling.sensitivity.variations import Case, Variation, apply_variation
 
 MOST_REMEMBERED = 100_000  # plans; one takes about 1 KB
@@ -105,6 +106,7 @@ def _build_search(case: Case, estimate: EstimateMemory) -> Search:
         predict=partial(predict_step, coefficients=case.coefficients),
         estimate=estimate,
         layout_correlation=case.coefficients.layout_correlation,
+        choose=choose_fastest,
     )
 
 
@@ -130,7 +132,12 @@ def _find_outcome(variation: Variation, varied: Case, base: SizeProjection, sear
 
 
 def _sort_by_time(size: SizeProjection) -> SizeProjection:
-    return replace(size, projections=tuple(sorted(size.projections, key=lambda one: one.step.total_s)))
+    return replace(size, projections=tuple(sorted(size.projections, key=_find_order)))
+
+
+def _find_order(one: Projection) -> tuple[int, float]:
+    """A layout with a caution, such as memory close to the limit, is behind all that have none."""
+    return len(one.standing.cautions), one.step.total_s
 
 
 def _find_token_s(projection: Projection) -> float:
@@ -138,7 +145,7 @@ def _find_token_s(projection: Projection) -> float:
 
 
 def _find_place(kept: Projection, size: SizeProjection) -> int | None:
-    slower = [one for one in size.projections if one.step.total_s >= kept.step.total_s]
+    slower = [one for one in size.projections if _find_order(one) >= _find_order(kept)]
     return 1 + len(size.projections) - len(slower) if slower else None
 
 

@@ -1,6 +1,7 @@
 """One change at a time, on a small model with the real cost model."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
+from megatron_hammer.scaling.search.search import Search
 from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.sensitivity.sensitivity import Outcome, Sensitivity, estimate_sensitivity
 from megatron_hammer.scaling.sensitivity.sensitivity_report import (
@@ -53,6 +55,19 @@ def test_no_change_changes_nothing(result: Sensitivity) -> None:
     assert (one.time_ratio, one.gpu_time_ratio, one.kept_time_ratio, one.loss_ratio) == (0, 0, 0, 0)
     assert one.place == 1
     assert one.rank_correlation == pytest.approx(1.0)
+
+
+def test_a_choice_between_ties_is_no_effect_of_a_change() -> None:
+    """The base's best layout is the fastest without a caution, where the one to start from is another one."""
+    space = SearchSpace(micro_batch_sizes=(1, 2, 4), pipeline_model_parallel_sizes=(1,), context_parallel_sizes=(1,))
+    sizes = {"gpu_counts": (8,), "global_batch_size": 64, "memory_limit_bytes": 20 * GIB}
+    case = build_case(preset="hammer-1b4", num_best=1, space=space, **sizes)
+    base = estimate_sensitivity(case, []).base.best
+    assert base is not None
+    study = replace(case.study, num_best=1000)
+    found = Search(predict=partial(predict_step, coefficients=case.coefficients)).search_plans(study, 8).projections
+    assert base.step.total_s == min(one.step.total_s for one in found if not one.standing.cautions)
+    assert base.step.total_s < found[0].step.total_s
 
 
 def test_slower_kernels_cost_at_most_what_they_are_slower(result: Sensitivity) -> None:
