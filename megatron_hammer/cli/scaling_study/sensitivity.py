@@ -37,7 +37,7 @@ from megatron_hammer.scaling.sensitivity.variations import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study of one number of GPUs, the changes, and the output."""
-    add_study_arguments(parser)
+    add_study_arguments(parser, has_budget=False)
     parser.add_argument(
         "--vary",
         nargs="+",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print what matters and the table. A usual change that cannot be made is reported; one of --vary is an error."""
     # What `project` shows besides; nothing here uses it.
-    shown = {"mfu_convention": "A", "knee": 0.8}
+    shown = {"mfu_convention": "A", "knee": 0.8, "train_tokens": None, "usd_per_gpu_hour": None}
     study = build_study(argparse.Namespace(**{**vars(arguments), **shown}), arguments.read_hf_model)
     if len(study.gpu_counts) != 1:
         counts = ", ".join(map(str, study.gpu_counts))

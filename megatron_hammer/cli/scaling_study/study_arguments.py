@@ -29,10 +29,11 @@ TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 EXACT_NUMBER = re.compile(r"[-+]?[\d_]{0,20}(\.[\d_]{0,20})?(e[-+]?\d{1,2})?(/[\d_]{1,20})?", re.IGNORECASE)
 
 
-def add_study_arguments(parser: argparse.ArgumentParser, *, has_machine: bool = True) -> None:
+def add_study_arguments(parser: argparse.ArgumentParser, *, has_machine: bool = True, has_budget: bool = True) -> None:
     """Model, machine, run and restrictions of a study.
 
     has_machine: whether one machine is chosen here. `compare` chooses several, all with the same batch.
+    has_budget: whether tokens and a price are asked for. `sensitivity` compares times per token.
     """
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--preset", help="a shipped model; its recipe supplies the defaults")
@@ -41,20 +42,21 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, has_machine: bool = 
     )
     machine = parser.add_argument_group("machine")
     if has_machine:
-        _add_machine_arguments(machine)
+        _add_machine_arguments(machine, has_budget)
     _add_file_arguments(machine)
-    _add_run_arguments(parser, has_machine)
+    _add_run_arguments(parser, has_machine, has_budget)
     _add_restrictions(parser)
 
 
-def _add_machine_arguments(machine: argparse._ArgumentGroup) -> None:
+def _add_machine_arguments(machine: argparse._ArgumentGroup, has_price: bool) -> None:
     machine.add_argument("--gpu", required=True, help="a GPU of gpus.toml, such as h100-sxm")
     machine.add_argument("--cluster", help="a cluster of clusters.toml (default: the first one of this GPU)")
     machine.add_argument("--gpus", required=True, metavar="N,N,...", help="numbers of GPUs")
     machine.add_argument("--memory-gib", type=float, help="what a plan may need of a GPU (default: 95%% of its memory)")
-    machine.add_argument(
-        "--usd-per-gpu-hour", type=float, metavar="USD", help="price (default: the cluster's, if known)"
-    )
+    if has_price:
+        machine.add_argument(
+            "--usd-per-gpu-hour", type=float, metavar="USD", help="price (default: the cluster's, if known)"
+        )
 
 
 def _add_file_arguments(machine: argparse._ArgumentGroup) -> None:
@@ -63,7 +65,7 @@ def _add_file_arguments(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument("--coefficients", type=Path, metavar="TOML", help="coefficients of your own, from calibrate")
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, has_samples_per_gpu: bool) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser, has_samples_per_gpu: bool, has_budget: bool) -> None:
     run = parser.add_argument_group("run")
     batch = run.add_mutually_exclusive_group()
     batch.add_argument(
@@ -81,7 +83,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser, has_samples_per_gpu: boo
         choices=PRECISIONS,
         help="(default: the recipe's, or bf16)",
     )
-    run.add_argument("--train-tokens", metavar="TOKENS", help="budget; 15T or 15e12 (default: the recipe's)")
+    if has_budget:
+        run.add_argument("--train-tokens", metavar="TOKENS", help="budget; 15T or 15e12 (default: the recipe's)")
     run.add_argument(
         "--moe-dispatcher",
         choices=DISPATCHERS,

@@ -98,7 +98,26 @@ def _scale_kernels(case: Case, factor: float) -> Case:
     key = gpu.name if gpu.name in case.coefficients.gpus else select_generation(gpu)
     own = case.coefficients.gpus[key]
     values = {f"{key}.{name}": getattr(own, name) * factor for name in KERNEL_RATIOS}
+    most = max(KERNEL_RATIOS, key=lambda name: getattr(own, name))
+    if values[f"{key}.{most}"] > 1:
+        raise ConfigError(
+            f"vary: kernels must stay within the GPU's peak, got {most} {getattr(own, most):.3g} times {factor:g}. "
+            "Choose a smaller factor."
+        )
     return replace(case, coefficients=replace_values(case.coefficients, values))
+
+
+def _slow_down_one(case: Case, factor: float) -> Case:
+    """All ranks wait for each other in every step, so one slow GPU costs as much as if all of them were slow.
+
+    In a pipeline whose other stages have slack it costs less.
+    """
+    if factor > 1:
+        raise ConfigError(
+            f"vary: straggler must be at most as fast as the others, got {factor:g} of their speed. "
+            "Pass straggler=-10%, or vary kernels."
+        )
+    return _scale_kernels(case, factor)
 
 
 def _write_host(case: Case, value: float) -> Case:
@@ -174,9 +193,7 @@ QUANTITIES = {
         write=_scale_kernels,
         usual=("-5%", "+5%"),
     ),
-    # All ranks wait for each other in every step, so one slow GPU costs as much as if all of them were slow. In a
-    # pipeline whose other stages have slack it costs less.
-    "straggler": Quantity(words="speed of the slowest GPU", read=lambda _: 1.0, write=_scale_kernels, usual=("-10%",)),
+    "straggler": Quantity(words="speed of the slowest GPU", read=lambda _: 1.0, write=_slow_down_one, usual=("-10%",)),
     "host": Quantity(
         words="time of the host for a kernel",
         read=lambda case: case.coefficients.host_s,

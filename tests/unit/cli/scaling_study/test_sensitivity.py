@@ -49,3 +49,9 @@ def test_all_bad_changes_are_named_at_once() -> None:
     assert [problem.split(":")[0] for problem in raised.value.problems] == ["vary", "query-groups"]
     with pytest.raises(ConfigError, match=r"gpus: must be one number of GPUs, got 2, 4"):
         run(*SMALL, "--gpus", "2,4")
+
+
+@pytest.mark.parametrize("flag", ["--train-tokens", "--usd-per-gpu-hour"])
+def test_flags_without_effect_are_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"unrecognized arguments: {flag} 1"):
+        run(*SMALL, "--gpus", "2", flag, "1")

@@ -82,6 +82,8 @@ def test_other_generations_keep_their_kernels() -> None:
         ("query-groups=5", r"query-groups: must divide the 32 heads .*got 5"),
         ("imbalance=x1.2", r"imbalance must be of a mixture of experts .*got 1\.32 for hammer-1b4"),
         ("precision=fp8", r"precision: must be a format that the GPU has, got precision=fp8"),
+        ("kernels=x100", r"vary: kernels must stay within the GPU's peak, got .*_ratio 0\.\d+ times 100"),
+        ("straggler=+10%", r"vary: straggler must be at most as fast as the others, got 1\.1"),
     ],
 )
 def test_changes_that_cannot_be_made_are_refused(text: str, match: str) -> None:
