@@ -31,14 +31,6 @@ from megatron_hammer.scaling.cost.coefficients import (
 from megatron_hammer.scaling.evidence.calibration import select_fit_runs
 from megatron_hammer.scaling.evidence.cross_validation import assess, calibrate, cross_validate
 from megatron_hammer.scaling.evidence.layout_ranking import RANKING_TOLERANCE_RATIO, describe_choice, summarise_rankings
-from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow, read_runs
-from megatron_hammer.scaling.evidence.run_table import (
-    PUBLISHED_MEMORY_PATH,
-    PUBLISHED_MOE_PATH,
-    PUBLISHED_RUNS_PATH,
-    VTRAIN_RUNS_PATH,
-    VTRAIN_SOURCE,
-)
 from megatron_hammer.scaling.evidence.validation import (
     ErrorFigures,
     ValidationReport,
@@ -46,11 +38,19 @@ from megatron_hammer.scaling.evidence.validation import (
     cross_validate_runs,
 )
 from megatron_hammer.scaling.memory.validation import MemoryReport, validate_memory
+from megatron_hammer.scaling.published.measured_runs import UnpredictableRow, read_runs
+from megatron_hammer.scaling.published.run_table import (
+    PUBLISHED_MEMORY_PATH,
+    PUBLISHED_MOE_PATH,
+    PUBLISHED_RUNS_PATH,
+    VTRAIN_RUNS_PATH,
+    VTRAIN_SOURCE,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT_PATH = ROOT / "docs" / "scaling_accuracy.md"
 COMMAND = "python tools/scaling_study.py validate --cross-validate"
-EXPERTS_COMMAND = f"{COMMAND} --runs megatron_hammer/scaling/evidence/tables/published_moe.csv"
+EXPERTS_COMMAND = f"{COMMAND} --runs megatron_hammer/scaling/published/tables/published_moe.csv"
 README_PATHS = (ROOT / "README.md", ROOT / "README_zh-CN.md")
 WIDTH = 125
 FIGURES = ("rows", "refused", "median", "mean", "bias", "in the band")

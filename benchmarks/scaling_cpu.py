@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION_LAYOUTS = "single,tp2,pp2,dp2"

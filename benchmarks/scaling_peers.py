@@ -26,10 +26,10 @@ from types import ModuleType
 from typing import Any
 
 from megatron_hammer.files.tables import format_markdown_table
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.evidence.validation import Prediction, cross_validate_runs
 from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_RUNS_PATH
 
 SYSTEMS = {"a100-sxm-80gb": "a100_80g.json", "h100-sxm": "h100_80g_nvl8.json"}
 GPUS_OF_A_NODE = 8  # the size of the first network of these systems

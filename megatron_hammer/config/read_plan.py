@@ -32,7 +32,7 @@ from megatron_hammer.config.values import BATCH_ESSENTIALS, find_value_problems,
 from megatron_hammer.data.order.order import MEGATRON
 from megatron_hammer.data.sources import SPLIT_FLAGS
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
-from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Precision, Recompute, Sharding
+from megatron_hammer.model.memory.options import WORKSPACE_BYTES, Precision, Recompute, Sharding
 from megatron_hammer.presets.preset import Preset
 
 

@@ -16,7 +16,7 @@ from megatron_hammer.data.conversations.packing import RowLayout
 from megatron_hammer.data.order.run_order import OrderSettings
 from megatron_hammer.data.sources import DataPlan
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
-from megatron_hammer.model.memory_options import Recompute
+from megatron_hammer.model.memory.options import Recompute
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.preset import Preset
 

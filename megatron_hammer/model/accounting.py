@@ -1,15 +1,14 @@
 """Exact integers about a model on a layout, before anything is built: one import for the arithmetic of this folder.
 
 `layout.py` places ranks, `pipeline_split.py` shares layers out, `parameters.py` counts weights, `flops.py` counts the
-work per token, `memory.py` estimates the bytes of a GPU (`memory_options.py` has the flags that change them). None of
-it loads torch or megatron, so it runs on a login node. Tests compare it with the installed megatron-core and
-transformers.
+work per token, `memory/` estimates the bytes of a GPU. None of it loads torch or megatron, so it runs on a login
+node. Tests compare it with the installed megatron-core and transformers.
 """
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_attended_keys, count_flops_per_token
 from megatron_hammer.model.layout import ParallelLayout, RankCoordinates, find_grid_problems
-from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_memory
-from megatron_hammer.model.memory_options import MemoryOptions
+from megatron_hammer.model.memory.estimate import StageMemory, count_in_flight, estimate_memory
+from megatron_hammer.model.memory.options import MemoryOptions
 from megatron_hammer.model.parameters import (
     RankParameters,
     count_active_parameters,

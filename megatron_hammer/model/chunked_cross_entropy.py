@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_hammer.model.memory_options import CHUNK_TOKENS
+from megatron_hammer.model.memory.options import CHUNK_TOKENS
 
 
 def compute_loss_in_chunks(

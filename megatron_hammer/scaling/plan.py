@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 from annotated_types import Ge, Gt, Lt, MinLen
 
 from megatron_hammer.model.accounting import ParallelLayout
-from megatron_hammer.model.memory_options import OffloadModule, RecomputeModule
+from megatron_hammer.model.memory.options import OffloadModule, RecomputeModule
 from megatron_hammer.model.shape import ModelShape
 
 # Limits of what a TOML file may hold (files/typed.py checks them); a file cannot say "infinite".

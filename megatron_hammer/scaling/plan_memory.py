@@ -1,6 +1,6 @@
-"""Memory of the heaviest pipeline stage of a plan: calls `model/memory.py` with what a plan says about the run.
+"""Memory of the heaviest pipeline stage of a plan: calls `model/memory/` with what a plan says about the run.
 
-A search asks for tens of thousands of plans of one model. `model/memory.py` caches what they share, by exactly what it
+A search asks for tens of thousands of plans of one model. `model/memory/` caches what they share, by exactly what it
 depends on: not the GPU, the cluster, overlap or replicas, and micro-batches only as far as stages hold them.
 """
 
@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_hammer.model.accounting import MemoryOptions, StageMemory, estimate_memory
-from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO
-from megatron_hammer.model.memory_options import WORKSPACE_BYTES
+from megatron_hammer.model.memory.estimate import EXPANDABLE_FRAGMENTATION_RATIO
+from megatron_hammer.model.memory.options import WORKSPACE_BYTES
 from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan
 
 # Fields of MemoryOptions that a plan has under the same name.

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_hammer.scaling.evidence.run_table import TABLES_DIR
+from megatron_hammer.scaling.published.run_table import TABLES_DIR
 
 README = (TABLES_DIR / "README.md").read_text(encoding="utf-8")
 

@@ -26,6 +26,6 @@ def test_a_unit_test_lies_where_its_module_lies(test_file: Path) -> None:
 
 
 def test_a_test_of_no_module_is_caught() -> None:
-    assert find_module(UNIT_TESTS / "model" / "test_memory.py") == "model.memory"
+    assert find_module(UNIT_TESTS / "model" / "test_layout.py") == "model.layout"
     assert find_module(UNIT_TESTS / "scaling" / "test_memory.py") is None  # a folder, not a module
     assert find_module(UNIT_TESTS / "test_flops.py") is None

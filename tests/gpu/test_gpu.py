@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_hammer.model.accounting import ParallelLayout, estimate_memory
-from megatron_hammer.model.memory_options import MemoryOptions
+from megatron_hammer.model.memory.options import MemoryOptions
 from megatron_hammer.platforms.select import find_te_failure
 from megatron_hammer.presets.catalogue import HAMMER_1B4
 from tests.helpers.repository import ROOT

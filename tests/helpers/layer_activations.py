@@ -1,8 +1,8 @@
 """The activations of one layer as the paper states them: of one sequence."""
 
 from megatron_hammer.model.layout import ParallelLayout
-from megatron_hammer.model.memory_activations import estimate_layer_activations
-from megatron_hammer.model.memory_options import Batch, MemoryOptions
+from megatron_hammer.model.memory.activations import estimate_layer_activations
+from megatron_hammer.model.memory.options import Batch, MemoryOptions
 from megatron_hammer.model.shape import ModelShape
 
 

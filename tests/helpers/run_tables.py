@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
 
 COLUMNS = (
     *("source", "model", "params_B", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus"),

@@ -8,8 +8,8 @@ from typing import Any
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun
 from megatron_hammer.scaling.search.projection import Study, StudyResult, find_knee
 from megatron_hammer.scaling.search.search import Search
 

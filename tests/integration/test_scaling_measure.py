@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.hardware.catalogue import load_clusters, load_gpus
+from megatron_hammer.scaling.published.measured_runs import read_runs
 from tests.helpers.tool_runs import Finished, run_tool
 
 pytestmark = pytest.mark.integration

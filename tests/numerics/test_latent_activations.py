@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megatron_hammer.model.layout import ParallelLayout
-from megatron_hammer.model.memory_options import MemoryOptions
+from megatron_hammer.model.memory.options import MemoryOptions
 from megatron_hammer.model.shape import LatentAttention
 from megatron_hammer.model.torch_modules import TorchNorm
 from tests.helpers.layer_activations import count_layer_activation_bytes

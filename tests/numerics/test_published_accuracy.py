@@ -8,19 +8,19 @@ import pytest
 
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, flatten_coefficients, load_coefficients
 from megatron_hammer.scaling.evidence.calibration import fit, select_fit_runs
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import (
-    PUBLISHED_MEMORY_PATH,
-    PUBLISHED_MOE_PATH,
-    PUBLISHED_RUNS_PATH,
-    VTRAIN_RUNS_PATH,
-)
 from megatron_hammer.scaling.evidence.validation import (
     ValidationReport,
     build_validation_report,
     cross_validate_runs,
 )
 from megatron_hammer.scaling.memory.validation import validate_memory
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.run_table import (
+    PUBLISHED_MEMORY_PATH,
+    PUBLISHED_MOE_PATH,
+    PUBLISHED_RUNS_PATH,
+    VTRAIN_RUNS_PATH,
+)
 from tests.helpers.repository import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

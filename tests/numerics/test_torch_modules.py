@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.model.layout import ParallelLayout
-from megatron_hammer.model.memory_options import MemoryOptions
+from megatron_hammer.model.memory.options import MemoryOptions
 from tests.helpers.layer_activations import count_layer_activation_bytes
 from tests.helpers.toy_model import LLAMA
 from tests.helpers.whole_model import build_whole_model, read_arguments, single_rank

@@ -24,8 +24,8 @@ from megatron_hammer.scaling.cost.coefficients import (
 )
 from megatron_hammer.scaling.evidence.calibration import select_fit_runs
 from megatron_hammer.scaling.evidence.cross_validation import Assessment, assess, calibrate, cross_validate
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

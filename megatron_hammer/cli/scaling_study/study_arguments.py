@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.model.memory_options import OFFLOAD_MODULES
+from megatron_hammer.model.memory.options import OFFLOAD_MODULES
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe

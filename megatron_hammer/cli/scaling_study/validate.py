@@ -20,8 +20,6 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.folds import FOLDS_BY
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import (
     build_validation_document,
@@ -29,6 +27,8 @@ from megatron_hammer.scaling.evidence.validation_report import (
     format_csv,
     print_report,
 )
+from megatron_hammer.scaling.published.measured_runs import read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

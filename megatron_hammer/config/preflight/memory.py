@@ -6,7 +6,7 @@ import os
 from megatron_hammer.config.run_plan import Machine, RunPlan
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO, FRAGMENTATION_RATIO
+from megatron_hammer.model.memory.estimate import EXPANDABLE_FRAGMENTATION_RATIO, FRAGMENTATION_RATIO
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
 ALLOWANCES = ("context", "fragmentation")  # not shown: no flag of the run changes them

@@ -1,13 +1,13 @@
 """Seconds that a step waits for the host: for activations on their way there and back, and for an optimizer that runs
-there. `model/memory_offload.py` and `model/memory.py` count what moves.
+there. `model/memory/offload.py` and `model/memory/estimate.py` count what moves.
 
 The copies run beside the passes, so only what takes longer than a pass is waited for. Nothing here is fitted: no
 published table times a run with and without offload.
 """
 
-from megatron_hammer.model.memory_activations import estimate_layer_activations
-from megatron_hammer.model.memory_offload import count_offloaded
-from megatron_hammer.model.memory_options import Batch
+from megatron_hammer.model.memory.activations import estimate_layer_activations
+from megatron_hammer.model.memory.offload import count_offloaded
+from megatron_hammer.model.memory.options import Batch
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.layer_cost import LayerCost
 from megatron_hammer.scaling.plan import Cluster, Plan

@@ -26,8 +26,8 @@ from megatron_hammer.scaling.cost.coefficients import (
 from megatron_hammer.scaling.cost.expert_coefficients import EXPERT_PRIORS, EXPERT_TABLE
 from megatron_hammer.scaling.cost.prior import Prior
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun
 
 RELATIVE_ERROR = 0.05  # expected of one run: software versions, clusters and rounding differ by about that much
 # The residuals of a publication's n runs are weighted by n ^ (this - 0.5). With 0.5 every run would have weight 1, and

@@ -30,8 +30,8 @@ from megatron_hammer.scaling.evidence.layout_ranking import (
     rank_layouts,
     summarise_rankings,
 )
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun
 
 BAND_COVERAGE = 0.8
 LEAST_RUNS_OF_A_CLASS = 12  # a class with fewer errors takes the band of all runs

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from megatron_hammer.scaling.evidence.calibration import name_publication
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun
 
 FoldBy = Literal["recipe", "publication", "recipe-only"]
 FOLDS_BY: tuple[FoldBy, ...] = get_args(FoldBy)

@@ -15,8 +15,8 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import RECOMPUTE_MODULES, Plan, StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun
 
 RANKING_TOLERANCE_RATIO = 0.05
 # What a search chooses. Runs that differ in anything else of a plan are different jobs.

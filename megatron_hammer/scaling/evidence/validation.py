@@ -17,9 +17,9 @@ from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.evidence.calibration import fit_fold, name_publication, select_fit_runs
 from megatron_hammer.scaling.evidence.folds import Fold, FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import Ranking, rank_layouts
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.plan import StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, UnpredictableRow
 
 Status = Literal["predicted", "fitted", "cross-validated"]
 

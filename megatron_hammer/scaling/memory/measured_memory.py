@@ -14,20 +14,11 @@ from typing import Any, get_args
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
 from megatron_hammer.model.layout import find_grid_problems
-from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO, FRAGMENTATION_RATIO
-from megatron_hammer.model.memory_options import RecomputeModule
+from megatron_hammer.model.memory.estimate import EXPANDABLE_FRAGMENTATION_RATIO, FRAGMENTATION_RATIO
+from megatron_hammer.model.memory.options import RecomputeModule
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
 from megatron_hammer.model.shape import ModelShape, MoeShape
-from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
-from megatron_hammer.scaling.evidence.row_words import (
-    name_precision,
-    name_recompute,
-    name_sharding,
-    read_shard_size,
-    take_statement,
-)
-from megatron_hammer.scaling.evidence.run_table import MemoryRow, read_memory_rows
 from megatron_hammer.scaling.memory.measured_quantity import MemoryKind, read_measurement
 from megatron_hammer.scaling.memory.software import (
     MemorySoftware,
@@ -36,6 +27,15 @@ from megatron_hammer.scaling.memory.software import (
     select_memory_software,
 )
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
+from megatron_hammer.scaling.published.row_model import UnpredictableError, build_row_model
+from megatron_hammer.scaling.published.row_words import (
+    name_precision,
+    name_recompute,
+    name_sharding,
+    read_shard_size,
+    take_statement,
+)
+from megatron_hammer.scaling.published.run_table import MemoryRow, read_memory_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

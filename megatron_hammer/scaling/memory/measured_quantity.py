@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from megatron_hammer.scaling.evidence.row_model import UnpredictableError
-from megatron_hammer.scaling.evidence.run_table import MemoryRow
 from megatron_hammer.scaling.memory.software import MemorySoftware
+from megatron_hammer.scaling.published.row_model import UnpredictableError
+from megatron_hammer.scaling.published.run_table import MemoryRow
 
 BYTES_OF_UNIT = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "bytes": 1, "b": 1}
 # allocated: the peak of torch's allocator. reserved: what the allocator took from the device. total: with the CUDA

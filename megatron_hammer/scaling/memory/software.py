@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml
-from megatron_hammer.model.memory_options import WORKSPACE_BYTES, CrossEntropy, RecomputeModule
+from megatron_hammer.model.memory.options import WORKSPACE_BYTES, CrossEntropy, RecomputeModule
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding, Text
 
 SOFTWARE_PATH = Path(__file__).parent / "software.toml"

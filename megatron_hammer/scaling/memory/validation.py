@@ -12,9 +12,9 @@ from typing import IO, Any
 
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.model.memory_activations import estimate_layer_activations
-from megatron_hammer.model.memory_options import Batch
-from megatron_hammer.model.memory_state import select_part_sizes
+from megatron_hammer.model.memory.activations import estimate_layer_activations
+from megatron_hammer.model.memory.options import Batch
+from megatron_hammer.model.memory.state import select_part_sizes
 from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory, UnpredictableMemoryRow, read_measured_memory
 
 PROVENANCE = (

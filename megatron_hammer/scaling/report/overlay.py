@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow, read_runs
 from megatron_hammer.scaling.evidence.validation import Prediction, Status
 from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, UnpredictableRow, read_runs
 from megatron_hammer.scaling.search.projection import Overlay, Study
 
 

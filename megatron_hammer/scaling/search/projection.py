@@ -13,7 +13,6 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import (
     NATURAL_IMBALANCE_RATIO,
@@ -26,6 +25,7 @@ from megatron_hammer.scaling.plan import (
     Precision,
     StepTime,
 )
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.search.search_space import SearchSpace
 
 # Of the estimate of memory: its mean error on published figures of reserved memory, which is what decides.

@@ -7,13 +7,13 @@ from functools import lru_cache
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import (
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published.measured_runs import read_runs
+from megatron_hammer.scaling.published.run_table import (
     PUBLISHED_LARGE_RUNS_PATH,
     PUBLISHED_MOE_PATH,
     PUBLISHED_RUNS_PATH,
 )
-from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
 TABLES = (PUBLISHED_RUNS_PATH, PUBLISHED_LARGE_RUNS_PATH, PUBLISHED_MOE_PATH)

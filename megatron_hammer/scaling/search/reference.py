@@ -14,9 +14,9 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import StageMemory, find_grid_problems
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import select_generation
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.search.projection import Projection, Reference, Study
 from megatron_hammer.scaling.search.search_space import list_micro_batch_sizes
 

@@ -18,7 +18,7 @@ from megatron_hammer.model.accounting import (
     find_split_problems,
 )
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.model.memory_options import OffloadModule, RecomputeModule
+from megatron_hammer.model.memory.options import OffloadModule, RecomputeModule
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Cluster, Plan, Precision, Recompute, Sharding
 

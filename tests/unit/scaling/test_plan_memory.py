@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory, estimate_memory
-from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO
-from megatron_hammer.model.memory_options import MemoryOptions
+from megatron_hammer.model.memory.estimate import EXPANDABLE_FRAGMENTATION_RATIO
+from megatron_hammer.model.memory.options import MemoryOptions
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.plan import Cluster, Gpu, Plan
 from megatron_hammer.scaling.plan_memory import build_memory_run, estimate_heaviest_plan_stage

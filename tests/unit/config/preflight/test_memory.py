@@ -8,7 +8,7 @@ from megatron_hammer.config.preflight.memory import (
     read_available_bytes,
 )
 from megatron_hammer.config.run_plan import RunPlan
-from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
+from megatron_hammer.model.memory.options import WORKSPACE_BYTES, MemoryOptions
 from tests.helpers.parsed_flags import TINY, parse, plan
 
 

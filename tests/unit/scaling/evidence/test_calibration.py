@@ -24,8 +24,8 @@ from megatron_hammer.scaling.evidence.calibration import (
     select_free_coefficients,
     weigh_runs,
 )
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH
+from megatron_hammer.scaling.published.measured_runs import read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH
 from tests.helpers.simulated_runs import SimulatedRun, simulate_runs
 
 PRIORS = build_prior_coefficients()

@@ -21,9 +21,9 @@ from megatron_hammer.scaling.evidence.cross_validation import (
     summarise_by_publication,
     summarise_errors,
 )
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_RUNS_PATH
 from tests.helpers.simulated_runs import simulate_runs
 
 PRIORS = build_prior_coefficients()

@@ -8,8 +8,8 @@ from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.evidence.calibration import name_publication
 from megatron_hammer.scaling.evidence.folds import FOLDS_BY, list_folds, name_recipe
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_RUNS_PATH
 from tests.helpers.simulated_runs import simulate_runs
 
 PRIORS = build_prior_coefficients()

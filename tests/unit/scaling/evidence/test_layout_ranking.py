@@ -14,8 +14,8 @@ from megatron_hammer.scaling.evidence.layout_ranking import (
     rank_layouts,
     summarise_rankings,
 )
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.plan import PARTS, Plan, StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
 from tests.helpers.run_tables import write_table
 
 

@@ -12,7 +12,6 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.evidence import calibration
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.validation import (
     Prediction,
     build_validation_report,
@@ -23,6 +22,7 @@ from megatron_hammer.scaling.evidence.validation import (
 )
 from megatron_hammer.scaling.evidence.validation_report import FITTED_SENTENCE, list_rows
 from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
 from tests.helpers.run_tables import write_table
 
 

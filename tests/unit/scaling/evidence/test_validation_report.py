@@ -11,7 +11,6 @@ import pytest
 
 from megatron_hammer.cli.scaling_study import validate as command
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.validation import ValidationReport, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import (
     build_validation_document,
@@ -22,6 +21,7 @@ from megatron_hammer.scaling.evidence.validation_report import (
     list_rows,
     print_report,
 )
+from megatron_hammer.scaling.published.measured_runs import read_runs
 from tests.helpers.messages import assert_problem
 from tests.helpers.run_tables import write_table
 

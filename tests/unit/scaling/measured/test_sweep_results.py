@@ -8,7 +8,6 @@ import pytest
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.accounting import count_flops_per_token
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.measured.sweep import Sweep, list_settings
 from megatron_hammer.scaling.measured.sweep_results import (
     COLUMNS,
@@ -18,6 +17,7 @@ from megatron_hammer.scaling.measured.sweep_results import (
     format_rows,
     read_step_times,
 )
+from megatron_hammer.scaling.published.measured_runs import read_runs
 
 
 def write_metrics(path: Path, times_s: list[float], **changes: Any) -> Path:

@@ -8,7 +8,6 @@ import pytest
 
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH
 from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory
 from megatron_hammer.scaling.memory.validation import (
     GIB,
@@ -17,6 +16,7 @@ from megatron_hammer.scaling.memory.validation import (
     print_memory_report,
     validate_memory,
 )
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MEMORY_PATH
 from megatron_hammer.scaling.search.projection import MEMORY_MARGIN_RATIO
 
 ROW = MeasuredMemory(

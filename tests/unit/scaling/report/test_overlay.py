@@ -8,8 +8,8 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.published.measured_runs import read_runs
 from megatron_hammer.scaling.report.overlay import build_overlay
 from megatron_hammer.scaling.search.projection import Study
 from tests.helpers.run_tables import write_table

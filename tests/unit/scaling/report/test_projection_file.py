@@ -12,8 +12,8 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import list_tables, load_coefficients, replace_values
-from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
+from megatron_hammer.scaling.published.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.report.projection_file import (
     build_projection_document,
     format_csv,

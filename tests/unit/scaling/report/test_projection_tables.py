@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 
 from megatron_hammer.files.tables import PLAIN_WIDTH
-from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import PARTS
+from megatron_hammer.scaling.published.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.report.projection_tables import (
     SHARES,
     build_tables,

@@ -7,10 +7,10 @@ import pytest
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published.measured_runs import read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.search.published_reach import list_cautions, list_sizes, read_published_reach
 from tests.helpers.toy_study import build_toy_study
 

@@ -10,10 +10,10 @@ from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.evidence.layout_ranking import group_by_job
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.plan import PARTS, Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
+from megatron_hammer.scaling.published.measured_runs import read_runs
+from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.search.projection import Projection, Standing
 from megatron_hammer.scaling.search.published_reach import list_cautions
 from megatron_hammer.scaling.search.search import Search, _identify_family
