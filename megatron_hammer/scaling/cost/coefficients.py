@@ -27,6 +27,7 @@ from megatron_hammer.scaling.plan import Gpu, PositiveFloat, PositiveInt
 
 SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
 MARK = "Coefficients of the performance model"  # in the first line of every file
+REMEDY = "Run calibrate again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,8 +248,8 @@ class _CoefficientsFile:
 
 
 def _load(path: Path) -> Coefficients:
-    file = read_toml(path, _CoefficientsFile, remedy="Run calibrate again.", raises=ConfigError, allows_unknown=False)
-    return _build(file, str(path))
+    file = read_toml(path, _CoefficientsFile, remedy=REMEDY, raises=ConfigError, allows_unknown=False)
+    return _build(file, str(path), REMEDY)
 
 
 def list_tables(coefficients: Coefficients) -> dict[str, Any]:
@@ -264,12 +265,12 @@ def list_tables(coefficients: Coefficients) -> dict[str, Any]:
 
 def read_tables(tables: Mapping[str, Any], *, where: str) -> Coefficients:
     """Coefficients of `list_tables`. Raises ConfigError, naming every coefficient that is absent or unknown."""
-    remedy = "Write the file again with this version."
+    remedy = "Another version wrote this file: write it again with this one."
     file = validate(tables, _CoefficientsFile, where=where, remedy=remedy, raises=ConfigError, allows_unknown=False)
-    return _build(file, where)
+    return _build(file, where, remedy)
 
 
-def _build(file: _CoefficientsFile, path: str) -> Coefficients:
+def _build(file: _CoefficientsFile, path: str, remedy: str) -> Coefficients:
     known, given = set(SHARED_NAMES), set(file.shared)
     faults = {
         "shared must hold only known coefficients, got ": given - known,
@@ -277,9 +278,7 @@ def _build(file: _CoefficientsFile, path: str) -> Coefficients:
         # A GPU without coefficients of its own takes those of its generation (select_gpu), so none may be absent.
         "gpu must have every generation, got no ": set(GPU_PRIORS) - set(file.gpu),
     }
-    problems = [
-        f"{path}: {fault}{', '.join(sorted(names))}. Run calibrate again." for fault, names in faults.items() if names
-    ]
+    problems = [f"{path}: {fault}{', '.join(sorted(names))}. {remedy}" for fault, names in faults.items() if names]
     if problems:
         raise ConfigError(*problems)
     shared: dict[str, Any] = dict(file.shared)

@@ -306,7 +306,7 @@ def _label_axes(axis: Any, comparison: Comparison) -> None:
         (axis.yaxis, axis.set_yscale, UNITS[comparison.rival]),
     ):
         scale("log")
-        one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
         one.set_minor_formatter(NullFormatter())
         one.set_label_text(words)

@@ -77,7 +77,8 @@ def list_findings(result: StudyResult) -> list[str]:
         best = feasible[num_gpus]
         letter = result.study.mfu_convention
         text = (
-            f"{num_gpus:,} GPUs: {best.step.total_s:.2f} s per step ({best.step.low_s:.2f} to {best.step.high_s:.2f}), "
+            f"{num_gpus:,} GPUs: {format_amount(best.step.total_s)} s per step "
+            f"({format_amount(best.step.low_s)} to {format_amount(best.step.high_s)}), "
             f"{best.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU {estimate_mfu_ratio(best, letter):.1%} (convention "
             f"{letter}), with {describe_plan(best.plan)}."
         )

@@ -11,7 +11,9 @@ from megatron_hammer.scaling.cost.coefficients import (
     build_prior_coefficients,
     flatten_coefficients,
     format_coefficients,
+    list_tables,
     load_coefficients,
+    read_tables,
     replace_values,
     save_coefficients,
     select_generation,
@@ -124,3 +126,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "odd.toml").write_text("[shared\n")
     with pytest.raises(ConfigError, match=r"odd\.toml: file must be TOML, got: .*\. Run calibrate again\."):
         load_coefficients(tmp_path / "odd.toml")
+
+
+def test_tables_of_another_version_have_to_be_written_again() -> None:
+    """Such a table is part of a projection, which calibrate does not write."""
+    tables = list_tables(load_coefficients())
+    shared = {name: value for name, value in tables["shared"].items() if name != "host_s"}
+    with pytest.raises(ConfigError, match=r"got none of host_s\. Another version wrote this file: write it again"):
+        read_tables({**tables, "shared": shared}, where="projection.json: cost_model.coefficients")
