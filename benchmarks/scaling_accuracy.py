@@ -37,6 +37,7 @@ from megatron_hammer.scaling.evidence.validation import (
     build_validation_report,
     cross_validate_runs,
 )
+from megatron_hammer.scaling.evidence.validation_report import format_figures
 from megatron_hammer.scaling.memory.validation import MemoryReport, validate_memory
 from megatron_hammer.scaling.published.measured_runs import UnpredictableRow, read_runs
 from megatron_hammer.scaling.published.run_table import (
@@ -209,16 +210,6 @@ def format_errors(title: str, rows: Iterable[ErrorRow]) -> str:
         num_rows, *errors = format_figures(figures) if figures else ("0", *"----")
         cells.append((name, num_rows, "" if refused is None else str(refused), *errors))
     return format_markdown_table((title, *FIGURES), cells)
-
-
-def format_figures(figures: ErrorFigures) -> tuple[str, ...]:
-    return (
-        str(figures.num_rows),
-        f"{figures.median_absolute_ratio:.1%}",
-        f"{figures.mean_absolute_ratio:.1%}",
-        f"{figures.bias_ratio:+.1%}",
-        f"{figures.band_coverage_ratio:.0%}",
-    )
 
 
 def format_ranking(report: ValidationReport) -> str:

@@ -260,13 +260,14 @@ def _build_error_tables(report: ValidationReport) -> list[Any]:
         columns = ("rows", *(["refused"] if refused else []), "median", "mean", "bias", "in the band")
         table = _build_table(title, (dimension,), columns)
         for name in dict.fromkeys([*groups, *refused]):
-            num_rows, *figures = _format_figures(groups[name]) if name in groups else ("0", *"----")
+            num_rows, *figures = format_figures(groups[name]) if name in groups else ("0", *"----")
             table.add_row(name, num_rows, *([str(refused.get(name, 0))] if refused else []), *figures)
         tables.append(table)
     return tables
 
 
-def _format_figures(figures: ErrorFigures) -> tuple[str, ...]:
+def format_figures(figures: ErrorFigures) -> tuple[str, ...]:
+    """Rows, median, mean, bias and the share in the band, as the tables show them."""
     return (
         str(figures.num_rows),
         f"{figures.median_absolute_ratio:.1%}",

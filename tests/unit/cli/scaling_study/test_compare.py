@@ -6,21 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.cli.scaling_study.main import parse_arguments
 from megatron_hammer.errors import ConfigError
+from tests.helpers.study_commands import run_study
 
 JOBS = ("--job", "a100-sxm-80gb:2,4", "h100-sxm@aws-p5:2:fp8")
 SMALL = ("compare", "--preset", "hammer-tiny", "--train-tokens", "1T", "--tensor-model-parallel-size", "1")
 
 
-def run(*flags: str) -> None:
-    arguments = parse_arguments(flags)
-    arguments.run(arguments)
-
-
 def test_the_decision_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prices = ("--usd-per-gpu-hour", "1", "h100-sxm=3", "--grid-kgco2-per-kwh", "0.5", "aws-p5=0.1", "--pue", "1.5")
-    run(*SMALL, *JOBS, *prices, "--output-dir", str(tmp_path))
+    run_study(*SMALL, *JOBS, *prices, "--output-dir", str(tmp_path))
     output = capsys.readouterr().out
     assert [line.split(":")[0] for line in output.splitlines()[:4]] == [
         "Fastest",
@@ -51,7 +46,7 @@ def test_json_is_alone_on_stdout_and_a_single_point_is_not_drawn(
 ) -> None:
     # The larger model needs more than the first GPU has.
     jobs = ("--job", "a100-sxm-80gb:1", "b300-sxm:1", "--preset", "llama2-7b")
-    run("compare", *jobs, "--global-batch-size", "8", "--json", "--output-dir", str(tmp_path))
+    run_study("compare", *jobs, "--global-batch-size", "8", "--json", "--output-dir", str(tmp_path))
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert [option["problem"] is None for option in document["options"]] == [False, True]
@@ -79,12 +74,12 @@ def test_json_is_alone_on_stdout_and_a_single_point_is_not_drawn(
 )
 def test_bad_values_are_named(flags: tuple[str, ...], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        run(*SMALL, *flags)
+        run_study(*SMALL, *flags)
 
 
 def test_problems_of_all_options_are_reported_together() -> None:
     with pytest.raises(ConfigError) as raised:
-        run(*SMALL, "--job", "x900:8", "h100-sxm:0", "--pue", "a")
+        run_study(*SMALL, "--job", "x900:8", "h100-sxm:0", "--pue", "a")
     assert [problem.split(":")[0] for problem in raised.value.problems] == ["x900", "h100-sxm", "pue"]
 
 
@@ -92,7 +87,7 @@ def test_where_no_option_fits_it_is_an_error_after_everything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        run(*SMALL, "--job", "a100-sxm-80gb:7", "h100-sxm:7", "--output-dir", str(tmp_path))
+        run_study(*SMALL, "--job", "a100-sxm-80gb:7", "h100-sxm:7", "--output-dir", str(tmp_path))
     assert [problem.split(":")[0] for problem in raised.value.problems] == [
         "a100-sxm-80gb x 7 (dgx-a100) fp32", "h100-sxm x 7 (dgx-h100) fp32",
     ]  # fmt: skip
@@ -102,6 +97,6 @@ def test_where_no_option_fits_it_is_an_error_after_everything_is_written(
 
 def test_a_problem_of_all_options_is_reported_once() -> None:
     with pytest.raises(ConfigError) as raised:
-        run("compare", "--preset", "nobody", "--job", "h100-sxm:8", "a100-sxm-80gb:8")
+        run_study("compare", "--preset", "nobody", "--job", "h100-sxm:8", "a100-sxm-80gb:8")
     (problem,) = raised.value.problems
     assert problem.startswith("preset: must be a shipped one, got preset='nobody'")

@@ -1,25 +1,12 @@
 """The command: sentences and tables, JSON, files, and files of other kinds refused by name."""
 
 import json
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from megatron_hammer.cli.scaling_study.main import parse_arguments
 from megatron_hammer.errors import ConfigError
-
-
-def run(*flags: str) -> None:
-    arguments = parse_arguments(flags)
-    arguments.run(arguments)
-
-
-def write_projection(path: Path, *flags: str) -> Path:
-    """Without --output-dir, which also draws the plots."""
-    with path.open("w", encoding="utf-8") as file, redirect_stdout(file):
-        run("project", *flags, "--json")
-    return path
+from tests.helpers.study_commands import run_study, write_projection
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +21,13 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_the_difference_is_printed_and_written(
     studies: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("diff", *studies, "--output-dir", str(tmp_path))
+    run_study("diff", *studies, "--output-dir", str(tmp_path))
     output = capsys.readouterr().out
     assert output.startswith("1 inputs differ.\n1 GPUs: 0.0% time per token, with the same layout.\n")
     assert "study.restrictions.shardings" in output
     assert output.splitlines()[-1].endswith(f" appeared; written to {tmp_path}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diff.csv", "diff.json", "diff.png"]
-    run("diff", *studies, "--json")
+    run_study("diff", *studies, "--json")
     captured = capsys.readouterr()
     assert captured.out == (tmp_path / "diff.json").read_text(encoding="utf-8")
     document = json.loads(captured.out)
@@ -51,9 +38,9 @@ def test_other_files_are_refused_by_name(studies: list[str], tmp_path: Path) -> 
     other = tmp_path / "other.json"
     other.write_text('{"format": "megatron_hammer.scaling.comparison", "format_version": 1}')
     with pytest.raises(ConfigError, match=r"other\.json: format must be .*got 'megatron_hammer\.scaling\.comparison'"):
-        run("diff", studies[0], str(other))
+        run_study("diff", studies[0], str(other))
     other.write_text('{"format": "megatron_hammer.scaling.projection", "format_version": 7}')
     with pytest.raises(ConfigError, match=r"other\.json: format_version must be 1, got 7"):
-        run("diff", str(other), studies[0])
+        run_study("diff", str(other), studies[0])
     with pytest.raises(ConfigError, match=r"nothing\.json: file cannot be read"):
-        run("diff", studies[0], str(tmp_path / "nothing.json"))
+        run_study("diff", studies[0], str(tmp_path / "nothing.json"))
