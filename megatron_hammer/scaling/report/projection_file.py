@@ -5,7 +5,7 @@ bytes: the file contains neither the time of day nor the machine that ran the st
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +68,7 @@ class SavedProjection:
         for row in self.rows:
             if row.row_id == row_id:
                 return row
+        self._require(self.rows)
         raise ConfigError(
             f"{self.path}: must hold the row that is asked for, got row={row_id!r}. "
             f"Use one of: {', '.join(row.row_id for row in self.rows)}."
@@ -85,9 +86,12 @@ class SavedProjection:
             return chosen
         # Rows are ranked within each number of GPUs, so there is one for each size.
         first = [row for row in self.rows if row.rank == 1]
-        if not first:
-            raise ConfigError(f"{self.path}: must hold a row, got none. Project sizes on which the model fits.")
+        self._require(first)
         return first
+
+    def _require(self, rows: Sequence[SavedRow]) -> None:
+        if not rows:
+            raise ConfigError(f"{self.path}: must hold a row, got none. Project sizes on which the model fits.")
 
 
 def build_row(projection: Projection, *, rank: int) -> SavedRow:
@@ -368,6 +372,7 @@ def read_projection(path: Path) -> SavedProjection:
     rows = []
     for row in file.rows:
         plan = _validate_strictly({**subject, "layout": row.layout, **row.plan}, Plan, f"{path}: row {row.id}")
+        _check_row(row, plan, path)
         rows.append(SavedRow(row_id=row.id, num_gpus=row.gpus, rank=row.rank, plan=plan, **asdict(row.prediction)))
     coefficients = None
     if file.cost_model is not None:
@@ -379,6 +384,19 @@ def read_projection(path: Path) -> SavedProjection:
         coefficients=coefficients,
         usd_per_gpu_hour=study.usd_per_gpu_hour,
     )
+
+
+def _check_row(row: _Row, plan: Plan, path: Path) -> None:
+    """Raise ConfigError for a row whose parts contradict one another, as after an edit by hand."""
+    step, ranks, row_id = row.prediction, plan.layout.world_size, f"{row.gpus}-{row.rank}"
+    checks = (
+        (row.id == row_id and row.rank >= 1, f"id must be {row_id}"),
+        (row.gpus == ranks, f"gpus must be {ranks}, the ranks of its layout, got {row.gpus}"),
+        (step.low_s <= step.step_time_s <= step.high_s, f"step_time_s must be within its band, got {asdict(step)}"),
+    )
+    problems = [f"{path}: row {row.id}: {text}. {REMEDY_OF_A_FIELD}" for is_good, text in checks if not is_good]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _validate_strictly[T](values: dict[str, Any], kind: type[T], where: str) -> T:

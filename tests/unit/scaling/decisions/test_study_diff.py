@@ -123,7 +123,8 @@ def test_a_file_of_another_model_is_noted(save: Any, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     document = json.loads(first.path.read_text())
     for row in document["rows"]:
-        row["prediction"]["step_time_s"] *= 2
+        for name in ("step_time_s", "low_s", "high_s"):
+            row["prediction"][name] *= 2
     path.write_text(json.dumps(document))
     result = compare_studies(first, read_study(path))
     (note,) = result.notes

@@ -173,6 +173,8 @@ def test_files_that_are_no_projection(text: str | None, match: str, tmp_path: Pa
         (("rows", 0, "layout", "sequence_pipeline_size"), 2, r"row 4-1: layout\.sequence_pipeline_size .* known field"),
         (("rows", 0, "plan", "recompute"), "some", r"row 4-1: recompute must be .*got 'some'"),
         (("rows", 0, "prediction", "low_s"), "1", r"rows\[0\]\.prediction\.low_s must be a number, got '1'"),
+        (("rows", 0, "prediction", "low_s"), 99.0, r"row 4-1: step_time_s must be within its band"),
+        (("rows", 0, "id"), "4-2", r"row 4-2: id must be 4-1"),
         (("study", "gpu", "num_chips"), 2, r"study: gpu\.num_chips must be a known field, got 2"),
         (("study", "model", "num_layers"), None, r"study: model\.num_layers must be a whole number, got None"),
     ],
