@@ -42,6 +42,9 @@ VTRAIN_COLUMNS = {
 }
 MEMORY_COLUMNS = ("model", "quantity", "memory_value", "unit")
 VTRAIN_SOURCE = "vTrain_ground_truth_single"
+# Beyond all sense, and lists of so many layers, stages or experts would not end.
+LARGEST_COUNT = 2**31 - 1
+LARGEST_COUNTS = dict.fromkeys(("layers", "moe_layers", "dense_layers", "mtp_layers", "pp", "vpp", "topk"), 100_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +172,7 @@ def _shorten(names: list[str]) -> str:
 def _parse_rows[R: RunRow](kind: type[R], names: list[str], records: list[Record], path: Path) -> list[R]:
     """Raises ConfigError once with every cell that cannot be parsed."""
     parsers = {field.name: _PARSER_OF_TYPE[field.type] for field in fields(kind) if field.name != "row_number"}
+    parsers |= {name: partial(parsers[name], most=most) for name, most in LARGEST_COUNTS.items()}
     problems: list[str] = []
     rows = []
     for line, cells in records:
@@ -197,11 +201,13 @@ def _parse_cells(
     return values
 
 
-def _parse_count(text: str, least: int = 1) -> int | None:
+def _parse_count(text: str, least: int = 1, most: int = LARGEST_COUNT) -> int | None:
     expected = f"a whole number of at least {least}"
     number = _parse_number(text, expected)
     if number is None:
         return None
+    if number > most:
+        raise ValueError(f"a whole number of at most {most:,}")
     if number < least or number != int(number):
         raise ValueError(expected)
     return int(number)
@@ -234,7 +240,7 @@ def _parse_flag(text: str) -> bool | None:
     return text.lower() == "yes"
 
 
-_PARSER_OF_TYPE: dict[Any, Callable[[str], Any]] = {
+_PARSER_OF_TYPE: dict[Any, Callable[..., Any]] = {
     str: str,
     int | None: _parse_count,
     NonNegativeInt | None: partial(_parse_count, least=0),

@@ -11,8 +11,8 @@ COLUMNS = (
     "here", "GiB here", "against row 1",
 )  # fmt: skip
 NOTE = (
-    "The published run of this model that is closest to the GPU and to each size. here: its layout with the GPUs, the "
-    "batch, the sequence length and the precision of the study; empty where they do not divide."
+    "The published run of this model that is closest to the GPU and to each size. here: its layout and dispatcher with "
+    "all else as in the study; empty where the GPUs, the batch or the sequence do not divide."
 )
 
 

@@ -1,7 +1,8 @@
 """NVIDIA's published runs of a study's model: what is known to work, beside what the search found.
 
 A reference is shown with its measured time and with the time that the same cost model predicts for it. The same layout
-with another number of replicas, at the study's own size and batch, is the fair comparison with the search's best.
+with another number of replicas, at the study's own size and batch, is the fair comparison with the search's best: with
+the same software, loads of experts and formats of parameters, so that only the layouts differ, and the dispatcher.
 """
 
 import math
@@ -14,11 +15,11 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import StageMemory, find_grid_problems
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import select_generation
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.plan import TODAY, Plan, StepTime
 from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.search.projection import Projection, Reference, Study
-from megatron_hammer.scaling.search.search_space import list_micro_batch_sizes
+from megatron_hammer.scaling.search.search_space import has_quantized_parameters, list_micro_batch_sizes
 
 # Publications of NVIDIA's own runs of Megatron, as the tables name them.
 NVIDIA_SOURCES = ("MegatronBridge", "MegatronLM_README_H100", "NVIDIA_dgxc", "dgxc_", "NeMo", "MCoreMoE")
@@ -120,8 +121,13 @@ def _project(
         micro_batch_size=max(fitting),
         global_batch_size=batch,
         precision=study.precision,
+        has_quantized_parameters=has_quantized_parameters(study.precision, plan.sharding, study.space),
+        keeps_quantized_copies=True,
         gradient_bytes=study.gradient_bytes,
         vocab_divisible_by=study.vocab_divisible_by,
+        experts=replace(plan.experts, imbalance_ratio=study.experts.imbalance_ratio, pads_to_capacity=False),
+        cuda_graphs="none",
+        software_year=TODAY,
     )
     try:
         return Projection(plan=own, step=predict(own), memory=estimate(own))

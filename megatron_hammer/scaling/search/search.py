@@ -39,6 +39,7 @@ from megatron_hammer.scaling.search.search_space import (
     SearchSpace,
     can_overlap_experts,
     can_overlap_tensor_parallel,
+    has_quantized_parameters,
     is_cpu_host,
     list_layouts,
     list_micro_batch_sizes,
@@ -301,7 +302,7 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         global_batch_size=global_batch_size,
         precision=study.precision,
         recompute="none",
-        has_quantized_parameters=_has_quantized_parameters(study, sharding),
+        has_quantized_parameters=has_quantized_parameters(study.precision, sharding, study.space),
         num_offloaded_layers=study.space.num_offloaded_layers,
         offload_modules=study.space.offload_modules,
         optimizer_offload_ratio=study.space.optimizer_offload_ratio,
@@ -368,15 +369,6 @@ def _list_study_cautions(study: Study, projection: Projection) -> tuple[str, ...
         memory_limit_bytes=study.memory_limit_bytes,
         memory_margin_ratio=study.memory_margin_ratio,
     )
-
-
-def _has_quantized_parameters(study: Study, sharding: Sharding) -> bool:
-    """As NVIDIA's recipes do where Megatron can: no 16-bit weights beside the 8-bit ones.
-
-    An optimizer on the host makes parameters of fp8 with delayed scaling only (validate_args of megatron.training).
-    """
-    formats = ("fp8",) if study.space.optimizer_offload_ratio else ("fp8", "mxfp8")
-    return study.precision in formats and sharding != "none"
 
 
 def _tie_key(plan: Plan) -> tuple[Any, ...]:

@@ -164,6 +164,15 @@ def list_shard_sizes(layout: ParallelLayout, sharding: Sharding, cluster: Cluste
     return [None, *sorted(sizes)]
 
 
+def has_quantized_parameters(precision: Precision, sharding: Sharding, space: SearchSpace) -> bool:
+    """As NVIDIA's recipes do where Megatron can: no 16-bit weights beside the 8-bit ones.
+
+    An optimizer on the host makes parameters of fp8 with delayed scaling only (validate_args of megatron.training).
+    """
+    formats = ("fp8",) if space.optimizer_offload_ratio else ("fp8", "mxfp8")
+    return precision in formats and sharding != "none"
+
+
 def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> bool:
     """Whether --tp-comm-overlap works: its user buffers need sequence parallelism inside one NVLink domain."""
     tp = layout.tensor_model_parallel_size

@@ -44,6 +44,20 @@ def test_every_malformed_cell_is_named_at_once(tmp_path: Path) -> None:
     )
 
 
+def test_counts_of_no_machine_and_no_model_are_refused(tmp_path: Path) -> None:
+    path = write_table(
+        tmp_path / "runs.csv", {"layers": "1e18", "vocab": "1e300"}, {"pp": "100001", "layers": "100000"}
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_run_rows(path)
+    assert_problems(
+        caught.value.problems,
+        (f"{path}:2:", "layers: must be a whole number of at most 100,000", "got '1e18'"),
+        (f"{path}:2:", "vocab: must be a whole number of at most 2,147,483,647", "got '1e300'"),
+        (f"{path}:3:", "pp: must be a whole number of at most 100,000", "got '100001'"),
+    )
+
+
 def test_columns_may_be_absent_but_not_those_of_a_layout(tmp_path: Path) -> None:
     few = [name for name in COLUMNS if name not in ("derived_fields", "notes", "cp")]
     assert read_run_rows(write_table(tmp_path / "few.csv", {}, columns=few))[0].cp is None

@@ -5,6 +5,7 @@ from dataclasses import replace
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_default_cluster, select_gpu
+from megatron_hammer.scaling.plan import TODAY, ExpertOptions
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Study
 from megatron_hammer.scaling.search.reference import find_references, list_published_runs
@@ -55,6 +56,23 @@ def test_its_layout_is_projected_to_the_studys_size() -> None:
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         assert getattr(own.plan.layout, name) == getattr(published, name)
     assert own.step.total_s == predict_step(own.plan).total_s
+
+
+def test_its_layout_is_projected_with_the_software_and_the_options_of_the_study() -> None:
+    """The comparison with the search's best is one of layouts, not of the year or the routing of the published run."""
+    experts = ExpertOptions(imbalance_ratio=1.3)
+    study = build_study("qwen3-30b-a3b", "gb200", gpu_counts=(64,), global_batch_size=512, experts=experts)
+    old = [run for run in list_published_runs() if run.plan.software_year < TODAY and run.plan.gpu.name == "gb200"]
+    (reference,) = find_references(study, predict_step, estimate_heaviest_plan_stage, old)
+    published, own = reference.run.plan, reference.projection.plan
+    assert published.has_quantized_parameters
+    assert study.precision == "bf16"
+    assert (own.software_year, own.experts.imbalance_ratio, own.cuda_graphs) == (TODAY, 1.3, "none")
+    assert own.experts.dispatcher == published.experts.dispatcher
+    assert not own.has_quantized_parameters
+    assert own.keeps_quantized_copies
+    (low,) = find_references(replace(study, precision="mxfp8"), predict_step, estimate_heaviest_plan_stage, old)
+    assert low.projection.plan.has_quantized_parameters
 
 
 def test_a_size_that_does_not_divide_has_the_run_only() -> None:
