@@ -90,6 +90,20 @@ class ParallelLayout:
         return RankCoordinates(tp_rank, cp_rank, dp_rank, pp_rank, expert_tp_rank, ep_rank, rest % expert_dp)
 
 
+def count_shards(layout: ParallelLayout, shard_size: int | None) -> tuple[int, int]:
+    """Ranks that share one copy of dense state, and of an expert's. shard_size: those of a dense copy; None: all.
+
+    The ranks that hold the same experts are split into as many copies as the dense ones, however few they are.
+    Source: intra_partial_expert_data_parallel_size of megatron.core.parallel_state.
+    """
+    dense = layout.dense_shard_size
+    ranks_per_stage = layout.world_size // layout.pipeline_model_parallel_size
+    expert = ranks_per_stage // (layout.expert_tp * layout.expert_model_parallel_size)
+    if shard_size is None or shard_size >= dense:
+        return dense, expert
+    return shard_size, max(1, expert * shard_size // dense)
+
+
 def find_grid_problems(layout: ParallelLayout) -> tuple[str, ...]:
     """What is wrong with the grid itself, whatever the model: sizes below one, experts that do not tile the ranks."""
     sizes = {

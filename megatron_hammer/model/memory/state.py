@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.layout import ParallelLayout
+from megatron_hammer.model.layout import ParallelLayout, count_shards
 from megatron_hammer.model.memory.options import QUANTIZED_BYTES, MemoryOptions
 from megatron_hammer.model.parameters import (
     TensorSize,
@@ -127,10 +127,7 @@ def count_shard_ranks(layout: ParallelLayout, options: MemoryOptions) -> tuple[i
     """Ranks over which dense and expert state is sharded: (1, 1) where it is not."""
     if not _is_sharded(layout, options):
         return 1, 1
-    dense, expert = layout.dense_shard_size, layout.expert_data_parallel_size
-    if options.shard_size is None:
-        return dense, expert
-    return min(dense, options.shard_size), min(expert, options.shard_size)
+    return count_shards(layout, options.shard_size)
 
 
 @lru_cache(maxsize=4096)

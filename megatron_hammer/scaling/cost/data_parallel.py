@@ -12,6 +12,7 @@ from megatron_hammer.model.accounting import (
     count_stage_parameters,
     padded_vocab_size,
 )
+from megatron_hammer.model.layout import count_shards
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.communication import (
@@ -107,9 +108,12 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
     layout, cluster = plan.layout, plan.cluster
     weight_bytes = 4 if plan.precision == "fp32" else 2
     reduce_s = gather_s = sum_s = 0.0
-    for number, size, stride in (
-        (parameters.dense, layout.dense_shard_size, layout.tensor_model_parallel_size),
-        (parameters.expert, _count_expert_replicas(layout), layout.expert_tp * layout.expert_model_parallel_size),
+    dense, expert = count_shards(layout, None)
+    dense_shards, expert_shards = _count_shards(plan)
+    block = layout.expert_tp * layout.expert_model_parallel_size
+    for number, size, shards, stride in (
+        (parameters.dense, dense, dense_shards, layout.tensor_model_parallel_size),
+        (parameters.expert, expert, expert_shards, block),
     ):
         if number == 0 or size == 1:
             continue
@@ -119,7 +123,6 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
             group = place_group(size, stride, cluster)
             reduce_s += estimate_all_reduce_s(gradient_bytes, group, cluster, coefficients, buckets)
             continue
-        shards = _count_shards(plan, size)
         group = place_group(shards, stride, cluster)
         reduce_s += estimate_gather_s(gradient_bytes, group, cluster, coefficients, buckets)
         gather_s += estimate_gather_s(weight_bytes * number, group, cluster, coefficients, buckets)
@@ -138,15 +141,9 @@ def _count_buckets(plan: Plan, num_parameters: int, num_replicas: int) -> int:
     return -(-num_parameters // max(LEAST_BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK * num_replicas))
 
 
-def _count_expert_replicas(layout: ParallelLayout) -> int:
-    """Ranks that hold the same experts: of a pipeline stage, one in each block of experts. Rounded down."""
-    block = layout.expert_tp * layout.expert_model_parallel_size
-    return layout.world_size // layout.pipeline_model_parallel_size // block
-
-
-def _count_shards(plan: Plan, num_replicas: int) -> int:
-    """Parts into which the ranks that hold the same parameters split what is sharded."""
-    return 1 if plan.sharding == "none" else min(plan.shard_size or num_replicas, num_replicas)
+def _count_shards(plan: Plan) -> tuple[int, int]:
+    """Parts into which the ranks that hold the same dense parameters, or the same experts, split what is sharded."""
+    return (1, 1) if plan.sharding == "none" else count_shards(plan.layout, plan.shard_size)
 
 
 def build_data_parallel_time(
@@ -226,8 +223,8 @@ def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     heaviest = max(
         (_count_kind_parameters(plan, StageKind(num_layers, *ends, 1)) for ends in kinds), key=lambda one: one.total
     )
-    own_shard = heaviest.dense / _count_shards(plan, layout.dense_shard_size)
-    own_shard += heaviest.expert / _count_shards(plan, _count_expert_replicas(layout))
+    dense_shards, expert_shards = _count_shards(plan)
+    own_shard = heaviest.dense / dense_shards + heaviest.expert / expert_shards
     # The buffer to be cleared has the gradients of all parameters of the rank; with FSDP only those of its shard.
     local = own_shard if plan.sharding == "fsdp" else heaviest.total
     offloaded = plan.optimizer_offload_ratio * own_shard

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import ParallelLayout, find_grid_problems
+from megatron_hammer.model.layout import ParallelLayout, count_shards, find_grid_problems
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.recipe_layouts import build_layout
 
@@ -87,3 +87,18 @@ def test_expert_tensor_size_defaults_to_the_dense_one():
     for tp, etp in itertools.product((1, 2, 4), (None, 1, 2)):
         layout = ParallelLayout(tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp)
         assert layout.expert_tp == (etp or tp)
+
+
+def test_experts_are_split_into_as_many_copies_as_the_dense_state() -> None:
+    """As megatron.core does with --num-distributed-optimizer-instances: 64 / 32 = 2 copies, whatever is sharded."""
+    layout = ParallelLayout(
+        tensor_model_parallel_size=8,
+        data_parallel_size=64,
+        expert_model_parallel_size=64,
+        expert_tensor_parallel_size=1,
+        pipeline_model_parallel_size=3,
+    )
+    assert count_shards(layout, None) == (64, 8)
+    assert count_shards(layout, 32) == (32, 4)
+    assert count_shards(layout, 8) == (8, 1)
+    assert count_shards(layout, 128) == (64, 8)

@@ -130,7 +130,7 @@ def test_fsdp_divides_all_state_and_gathers_layers():
 def test_number_of_ranks_that_share_the_optimizer():
     layout = ParallelLayout(data_parallel_size=8, context_parallel_size=2, expert_model_parallel_size=4)
     assert count_shard_ranks(layout, MemoryOptions()) == (16, 4)
-    assert count_shard_ranks(layout, MemoryOptions(shard_size=8)) == (8, 4)
+    assert count_shard_ranks(layout, MemoryOptions(shard_size=8)) == (8, 2)  # two copies of everything
     assert count_shard_ranks(layout, MemoryOptions(sharding="none")) == (1, 1)
     whole = dataclasses.replace(layout, has_distributed_optimizer=False)
     assert count_shard_ranks(whole, MemoryOptions()) == (1, 1)
