@@ -116,6 +116,11 @@ class Standing:
     num_near_copies: int = 0  # other plans of the same family (search.py) that are about as fast
     cautions: tuple[str, ...] = ()  # why it may not work as predicted (published_reach.py)
 
+    @property
+    def is_near_memory_limit(self) -> bool:
+        """Whether the error of the memory model could be what its GPUs lack."""
+        return any(caution.startswith("memory: ") for caution in self.cautions)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:

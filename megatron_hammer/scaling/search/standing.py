@@ -26,6 +26,8 @@ SEED = 20_240_301  # any number: the same study must give the same chances
 MOST_COMPARED = 256  # layouts in the draws; slower ones have no chance worth a digit
 # What a simpler layout, or one with less memory, may give up of the speed of a tie without more cautions.
 MOST_GIVEN_UP_RATIO = 0.02
+# What a layout within the memory margin may give up against a faster one that may not fit.
+MOST_GIVEN_UP_FOR_MEMORY_RATIO = 0.05
 # A tie is worth giving up speed for only if it frees at least this share of the GPU's memory.
 FAR_LESS_MEMORY_RATIO = 0.25
 
@@ -119,13 +121,18 @@ def choose_fastest(projections: Sequence[Projection], correlation: float, narrow
 
 
 def choose_start(projections: Sequence[Projection], correlation: float, narrowest: float | None = None) -> int:
-    """The position of the layout to start from, among those that are tied with the first one, the fastest.
+    """The position of the layout to start from: one that is tied with the first one, the fastest.
 
     The rule: the fewest cautions, whatever a tie gives up. Of those that are at most MOST_GIVEN_UP_RATIO slower than
     the fastest of them: the fewest mechanisms (count_kinds), then the fastest, unless another one needs far less memory
-    (FAR_LESS_MEMORY_RATIO of the GPU's). narrowest: as in build_error_covariance.
+    (FAR_LESS_MEMORY_RATIO of the GPU's). If no tie is within the memory margin, the fastest layout that is, if it is at
+    most MOST_GIVEN_UP_FOR_MEMORY_RATIO slower. narrowest: as in build_error_covariance.
     """
     tied = [one for one, is_tied in enumerate(find_ties(projections, correlation, narrowest)) if is_tied]
+    safe = [one for one, other in enumerate(projections) if not other.standing.is_near_memory_limit]
+    slowest_s = projections[0].step.total_s * (1 + MOST_GIVEN_UP_FOR_MEMORY_RATIO)
+    if safe and not set(safe) & set(tied) and projections[safe[0]].step.total_s <= slowest_s:
+        return safe[0]
     fewest = min(len(projections[one].standing.cautions) for one in tied)
     fastest, *slower = [one for one in tied if len(projections[one].standing.cautions) == fewest]
     limit_s = projections[fastest].step.total_s * (1 + MOST_GIVEN_UP_RATIO)

@@ -98,6 +98,9 @@ def test_the_start_is_the_fastest_unless_a_tie_is_better_in_kind() -> None:
     assert choose_start([tight, build(1.01, tp=2)], CORRELATION) == 1
     assert choose_start([tight, build(1.03, tp=4)], CORRELATION) == 1  # without a caution, a tie may give up more
     assert choose_start([tight, build(1.06, tp=4)], CORRELATION) == 0  # no tie
+    assert choose_start([tight, build(1.04, micro=2)], CORRELATION) == 1  # no tie, but it fits for sure
+    other = replace(build(1.0), standing=Standing(cautions=("ep 256: at most 128 published",)))
+    assert choose_start([other, build(1.04, micro=2)], CORRELATION) == 0  # other cautions count among ties only
 
 
 def test_families_are_ranked_with_their_copies() -> None:
@@ -142,7 +145,7 @@ def project(plan: Plan) -> Projection:
 def test_a_family_of_a_wider_band_is_not_represented_by_what_is_no_tie() -> None:
     """0.43 * 0.2 * sqrt(2 * (1 - 0.75)) is 6 % among FSDP layouts alone; with the common band of 0.08 it is 2.4 %."""
     tight = replace(build(1.0, sharding="fsdp", spread=0.2), standing=Standing(cautions=("memory: tight",)))
-    roomy = build(1.04, micro=2, sharding="fsdp", spread=0.2)
+    roomy = build(1.055, micro=2, sharding="fsdp", spread=0.2)
     found = [tight, build(1.01, tp=2), roomy]
     assert choose_start([tight, roomy], CORRELATION) == 1
     _, second = rank_families(found, 2, _identify_family, CORRELATION)
