@@ -35,7 +35,10 @@ def find_run_layout_problems(settings: RunSettings) -> list[str]:
         layers_per_chunk=settings.layers_per_chunk,
         seq_length=settings.seq_length,
     )
-    return (problems or _find_instance_problems(settings)) + _find_window_problems(settings.flags)
+    instances = settings.flags["num_distributed_optimizer_instances"]
+    return (problems or _find_instance_problems(settings.model, settings.layout, instances)) + _find_window_problems(
+        settings.flags
+    )
 
 
 def _find_window_problems(flags: Flags) -> list[str]:
@@ -70,15 +73,16 @@ def _find_window_problems(flags: Flags) -> list[str]:
     return problems
 
 
-def _find_instance_problems(settings: RunSettings) -> list[str]:
-    """Several instances of the distributed optimizer divide the ranks that hold the same weights evenly."""
-    instances = settings.flags["num_distributed_optimizer_instances"]
-    if settings.layout is None or settings.layout.dense_shard_size % instances == 0:
-        return []
+def _find_instance_problems(model: ModelShape, layout: ParallelLayout, instances: int) -> list[str]:
+    """Several instances of the distributed optimizer divide the ranks of the same weights, or experts, evenly."""
+    kinds = {"weights": layout.dense_shard_size}
+    if model.moe is not None:
+        kinds["experts"] = layout.expert_data_parallel_size
     return [
-        f"num-distributed-optimizer-instances: must divide the {settings.layout.dense_shard_size} ranks that hold the "
-        f"same weights, got num_distributed_optimizer_instances={instances}. "
-        f"Use {or_list(divisors(settings.layout.dense_shard_size))}."
+        f"num-distributed-optimizer-instances: must divide the {ranks} ranks that hold the same {kind}, got "
+        f"num_distributed_optimizer_instances={instances}. Use {or_list(divisors(math.gcd(*kinds.values())))}."
+        for kind, ranks in kinds.items()
+        if ranks % instances
     ]
 
 

@@ -16,6 +16,16 @@ def test_instances_of_the_optimizer_divide_the_ranks_that_hold_the_same_weights(
         assert "Use 1, 2, 4 or 8." in problems[0]
 
 
+def test_instances_of_the_optimizer_divide_the_ranks_that_hold_the_same_experts() -> None:
+    """Megatron splits those ranks into as many instances, and would end with an assertion."""
+    flags = ("--preset", "hammer-tiny-moe", *plan(8), "--num-distributed-optimizer-instances", "4")
+    batch = ("--global-batch-size", "16")
+    (problem,) = find(*flags, *batch, "--expert-model-parallel-size", "4", platform="cuda")
+    assert "num-distributed-optimizer-instances: must divide the 2 ranks that hold the same experts" in problem
+    assert "got num_distributed_optimizer_instances=4. Use 1 or 2." in problem
+    assert not find(*flags, *batch, "--expert-model-parallel-size", "2", platform="cuda")
+
+
 @pytest.mark.parametrize(("value", "num_problems"), [("0.22", 0), ("0", 1), ("-1", 1)])
 def test_a_residual_multiplier_is_positive(value: str, num_problems: int) -> None:
     problems = find(*TINY, f"--residual-multiplier={value}")
