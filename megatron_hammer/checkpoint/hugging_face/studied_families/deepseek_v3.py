@@ -18,7 +18,7 @@ from megatron_hammer.checkpoint.hugging_face.families.mixtures.biased_router imp
     share_experts,
 )
 from megatron_hammer.checkpoint.hugging_face.family import ConfigFamily
-from megatron_hammer.checkpoint.hugging_face.studied_families.studied_rows import read_only
+from megatron_hammer.checkpoint.hugging_face.studied_families.studied_rows import read_only, require_absent
 from megatron_hammer.model.shape import LatentAttention
 
 
@@ -45,6 +45,8 @@ DEEPSEEK_V3 = ConfigFamily(
     has_experts=True,
     config=(
         *llama_config(head_width=read_only(_read_latent_attention), may_lack_groups=True),
+        # DeepSeek-V3.2 keeps the name of the class in some copies.
+        read_only(lambda fields: require_absent(fields, "index_topk", "sparse attention is not counted")),
         always_off("attention_bias", "biases of the linears that compress are not counted"),
         *deepseek_router_config(is_renormalized=True),
         share_experts("n_shared_experts", 1),

@@ -37,6 +37,14 @@ def _read_activation(fields: HfFields) -> Mapping[str, Any]:
     return {"activation": "clamped_swiglu"}
 
 
+def _require_one_topk(fields: HfFields) -> Mapping[str, Any]:
+    """OpenAI's own files have both names."""
+    topk = fields.count("num_experts_per_tok")
+    if fields.has_value("experts_per_token", None) and fields.count("experts_per_token") != topk:
+        fields.refuse("experts_per_token", f"num_experts_per_tok says {topk}")
+    return {}
+
+
 def _read_default_rope(fields: HfFields) -> Mapping[str, Any]:
     """What the class takes where the file says nothing of the rope."""
     if fields.has_value("rope_scaling", None) or fields.has_value("rope_parameters", None):
@@ -60,6 +68,7 @@ GPT_OSS = ConfigFamily(
         read_only(_read_default_rope),
         read_only(lambda fields: {"moe.num_experts": fields.num_experts()}),
         count("num_experts_per_tok", "moe.router_topk"),
+        read_only(_require_one_topk),
         number("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001),
         window_in_chosen_layers(_every_second_layer, default=128),
         read_only(_read_biases),

@@ -12,6 +12,13 @@ def read_only(read: Callable[[HfFields], Mapping[str, Any]]) -> ConfigRow:
     return ConfigRow(read, lambda model, _: {})
 
 
+def require_absent(fields: HfFields, name: str, reason: str) -> Mapping[str, Any]:
+    """Refuse a field of another architecture, which would change what is counted."""
+    if fields.has_value(name, None):
+        fields.refuse(name, reason)
+    return {}
+
+
 def require_number(fields: HfFields, name: str, value: float, reason: str) -> None:
     """Refuse another value than the one that every model of the class has."""
     if fields.number(name, value) != value:

@@ -168,6 +168,8 @@ def test_how_the_weights_are_stored_says_nothing_of_a_training(model_type):
         (DEEPSEEK, {"kv_lora_rank": 0}, "kv_lora_rank.*positive"),
         (DEEPSEEK, {"moe_layer_freq": 2}, "moe_layer_freq"),
         (DEEPSEEK, {"attention_chunk_size": 8}, "attention_chunk_size"),
+        (DEEPSEEK, {"index_topk": 2048}, "index_topk.*sparse attention"),
+        (GPT_OSS, {"experts_per_token": 7}, "experts_per_token.*num_experts_per_tok says"),
         (GPT_OSS, {"attention_bias": False}, "attention_bias.*experts have biases"),
         (GPT_OSS, {"swiglu_limit": 6.0}, "swiglu_limit.*6.0"),
         (GPT_OSS, {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
