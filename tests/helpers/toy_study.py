@@ -99,8 +99,9 @@ def build_toy_study(preset: str = "hammer-1b4", **changes: Any) -> Study:
 
 
 def project_toy_study(study: Study, **changes: Any) -> StudyResult:
+    """sizes among the changes: of a search with another model of the cost."""
     search = Search(predict=predict)
-    sizes = tuple(search.search_plans(study, num_gpus) for num_gpus in study.gpu_counts)
+    sizes = changes.get("sizes") or tuple(search.search_plans(study, num_gpus) for num_gpus in study.gpu_counts)
     fields: dict[str, Any] = {
         "study": study,
         "sizes": sizes,

@@ -11,6 +11,7 @@ from typing import IO
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.report import reference_rows
+from megatron_hammer.scaling.report.dispatcher_note import describe_faster_dispatcher
 from megatron_hammer.scaling.search.projection import (
     COMPUTE_PARTS,
     MEMORY_NAMES,
@@ -220,12 +221,15 @@ def _build_speed_table(result: StudyResult) -> ResultTable:
             )
         )
     columns = ("GPUs", "s per step", "80 % band", "tokens/s", "tokens/s/GPU", f"MFU {letter}", "scaling", "bottleneck")
+    note = (
+        "scaling: tokens/s/GPU relative to the smallest size that fits; bottleneck: the largest part that is no "
+        "compute, with its share of the step."
+    )
     return ResultTable(
         title="The layout to start from at each size",
         columns=columns,
         groups=(tuple(rows),),
-        note="scaling: tokens/s/GPU relative to the smallest size that fits; bottleneck: the largest part that is no "
-        "compute, with its share of the step.",
+        note=" ".join(filter(None, (note, describe_faster_dispatcher(result)))),
     )
 
 

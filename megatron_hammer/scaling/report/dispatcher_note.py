@@ -1,0 +1,33 @@
+"""What another dispatcher of experts would do to the layout to start from; the search takes what it is given."""
+
+from dataclasses import replace
+
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.plan import Dispatcher
+from megatron_hammer.scaling.search.projection import StudyResult
+
+USUAL_DOMAIN = 8  # GPUs of an NVLink domain; HybridEP is NVIDIA's for larger ones
+LEAST_GAIN_RATIO = 0.03
+
+
+def describe_faster_dispatcher(result: StudyResult) -> str:
+    """A sentence about the largest size that fits, if DeepEP or HybridEP saves 3 % or more there.
+
+    Empty otherwise, for dense models, and where another model of cost has predicted the steps.
+    """
+    starts = [size.best for size in result.sizes if size.best is not None]
+    if not starts or result.coefficients is None or result.study.model.moe is None:
+        return ""
+    plan = starts[-1].plan
+    if plan.layout.expert_model_parallel_size == 1 or plan.experts.dispatcher_type == "flex":
+        return ""
+    name: Dispatcher = "deepep" if plan.cluster.nvlink_domain_size <= USUAL_DOMAIN else "hybridep"
+    own_s = predict_step(plan, result.coefficients).total_s
+    other = replace(plan, experts=replace(plan.experts, dispatcher=name))
+    gain_ratio = 1 - predict_step(other, result.coefficients).total_s / own_s
+    if gain_ratio < LEAST_GAIN_RATIO:
+        return ""
+    return (
+        f"Where its package is installed, --moe-dispatcher {name} makes the layout for {plan.layout.world_size:,} GPUs "
+        f"{gain_ratio:.0%} faster than {plan.experts.dispatcher}, and may make another one the best."
+    )
