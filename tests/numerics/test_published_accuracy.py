@@ -36,7 +36,6 @@ from scaling_accuracy import (
     replace_block,
 )
 
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 TABLES = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH)
 
 
@@ -59,28 +58,6 @@ def test_a_fit_to_half_of_the_runs_is_another() -> None:
     assert fitted != pytest.approx(flatten_coefficients(load_coefficients()), rel=1e-3)
 
 
-def find_numbers(line: str) -> list[tuple[str, float]]:
-    """The numbers of a line, each with the share of one of its runs in per cent, if it is a whole percentage.
-
-    The file of the coefficients has fewer digits than the fit that the documents are written from: a run at the edge
-    of its band may be inside of one and outside of the other.
-    """
-    rows = re.match(r"\| [^|]+ \| (\d+) \|", line)
-    found = []
-    for match in NUMBER.finditer(line):
-        is_share = line[match.end() : match.end() + 1] == "%" and "." not in match[0]
-        found.append((match[0], 100 / int(rows[1]) + 1.0 if is_share and rows and rows[1] != "0" else 0.0))
-    return found
-
-
-def is_about(one: tuple[str, float], other: tuple[str, float]) -> bool:
-    """Equal, or apart by one in the last digit of a decimal fraction, or by one run of a share."""
-    values = [float(text.replace(",", "")) for text, _ in (one, other)]
-    digits = len(one[0].partition(".")[2])
-    tolerance = 1.01 * 10.0**-digits if digits else max(one[1], other[1])
-    return abs(values[0] - values[1]) <= tolerance
-
-
 @pytest.fixture(scope="module")
 def report() -> ValidationReport:
     runs, unpredictable = read_runs(PUBLISHED_RUNS_PATH)
@@ -101,21 +78,7 @@ def documents(report: ValidationReport, experts: ValidationReport) -> dict[Path,
 @pytest.mark.parametrize("path", [DOCUMENT_PATH, *README_PATHS], ids=lambda path: path.name)
 def test_the_figures_in_the_documents(path: Path, documents: dict[Path, str]) -> None:
     """If this fails: python benchmarks/scaling_accuracy.py --write."""
-    written, computed = path.read_text(encoding="utf-8").splitlines(), documents[path].splitlines()
-    assert [NUMBER.sub("#", line) for line in written] == [NUMBER.sub("#", line) for line in computed]
-    different = [
-        pair for pair in zip(written, computed, strict=True) if not all(map(is_about, *map(find_numbers, pair)))
-    ]
-    assert different == []
-
-
-def test_a_figure_that_differs_by_more_than_a_run_at_the_edge_is_noticed() -> None:
-    row = "| a100-sxm-80gb | 74 |  | 6.2% | 8.1% | +3.9% | 74% |"
-    for other, is_same in (("73%", True), ("71%", False)):
-        assert all(map(is_about, find_numbers(row), find_numbers(row.replace("74%", other)))) == is_same
-    for other in ("6.4%", "75 "):
-        changed = row.replace("6.2%" if "%" in other else "74 ", other)
-        assert not all(map(is_about, find_numbers(row), find_numbers(changed)))
+    assert path.read_text(encoding="utf-8").splitlines() == documents[path].splitlines()
 
 
 def test_the_figures_of_the_report_stand_in_the_documents(
