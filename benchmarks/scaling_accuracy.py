@@ -41,7 +41,7 @@ from megatron_hammer.scaling.evidence.validation import (
 )
 from megatron_hammer.scaling.evidence.validation_report import format_figures
 from megatron_hammer.scaling.memory.validation import MemoryReport, validate_memory
-from megatron_hammer.scaling.published.measured_runs import UnpredictableRow, read_runs
+from megatron_hammer.scaling.published.measured_runs import MeasuredRun, UnpredictableRow, read_runs
 from megatron_hammer.scaling.published.run_table import (
     PUBLISHED_MEMORY_PATH,
     PUBLISHED_MOE_PATH,
@@ -89,10 +89,14 @@ def main() -> None:
 
 def fit_shipped_coefficients() -> Coefficients:
     """Fit from the priors to all shipped tables, with the bands and the provenance of a file that can be shipped."""
-    paths = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH)
-    runs = select_fit_runs([run for path in paths for run in read_runs(path)[0] if run.is_megatron_style])
-    start = build_prior_coefficients()
+    runs, start = read_fit_runs(), build_prior_coefficients()
     return calibrate(runs, start, assess(cross_validate(runs, start)))
+
+
+def read_fit_runs() -> list[MeasuredRun]:
+    """The runs of all shipped tables that the shipped coefficients are fitted to."""
+    paths = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH)
+    return select_fit_runs([run for path in paths for run in read_runs(path)[0] if run.is_megatron_style])
 
 
 def keep_date(text: str, older: str) -> str:

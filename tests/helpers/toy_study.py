@@ -5,9 +5,10 @@ The predictor is a double: its coefficients are invented, but more work costs mo
 
 from typing import Any
 
-from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.model.accounting import ParallelLayout, count_parameters
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, StepTime
 from megatron_hammer.scaling.published.measured_runs import MeasuredRun
 from megatron_hammer.scaling.search.projection import Study, StudyResult, find_knee
@@ -109,6 +110,20 @@ def project_toy_study(study: Study, **changes: Any) -> StudyResult:
         "provenance": {"fitted_on": ["row 1", "row 2"], "cross_validation": {"median_error_ratio": 0.0512345}},
     }
     return StudyResult(**(fields | changes))
+
+
+def build_llama_plan(**changes: Any) -> Plan:
+    """Llama 3 8B on a node of eight H100."""
+    fields: dict[str, Any] = {
+        "model": select_preset("llama3-8b").model,
+        "layout": ParallelLayout(data_parallel_size=8),
+        "gpu": select_gpu("h100-sxm"),
+        "cluster": select_cluster("dgx-h100"),
+        "seq_length": 8192,
+        "micro_batch_size": 1,
+        "global_batch_size": 128,
+    }
+    return Plan(**(fields | changes))
 
 
 def build_measured_run(plan: Plan, step_time_s: float, *, row_number: int = 2) -> MeasuredRun:

@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, flatten_coefficients, load_coefficients
-from megatron_hammer.scaling.evidence.calibration import fit, select_fit_runs
+from megatron_hammer.scaling.evidence.calibration import fit
 from megatron_hammer.scaling.evidence.validation import (
     ValidationReport,
     build_validation_report,
     cross_validate_runs,
 )
 from megatron_hammer.scaling.memory.validation import validate_memory
-from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published.measured_runs import read_runs
 from megatron_hammer.scaling.published.run_table import (
     PUBLISHED_MEMORY_PATH,
     PUBLISHED_MOE_PATH,
     PUBLISHED_RUNS_PATH,
-    VTRAIN_RUNS_PATH,
 )
 from tests.helpers.repository import ROOT
 
@@ -33,15 +32,9 @@ from scaling_accuracy import (
     build_documents,
     find_readme_rows,
     keep_date,
+    read_fit_runs,
     replace_block,
 )
-
-TABLES = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH)
-
-
-def read_fit_runs() -> list[MeasuredRun]:
-    runs = [run for path in TABLES for run in read_runs(path)[0]]
-    return select_fit_runs([run for run in runs if run.is_megatron_style])
 
 
 def test_the_shipped_coefficients_are_the_fit_to_the_shipped_tables() -> None:

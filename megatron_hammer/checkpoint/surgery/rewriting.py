@@ -16,12 +16,10 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
-from megatron_hammer.checkpoint_files.checkpoint_reader import name_folder
 from megatron_hammer.checkpoint_files.torch_dist.description import Box, StoredGlobal
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.publish import require_apart
 
 ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], Tensor]
 OnTensor = Callable[[str, int, int], None]  # stage, done, total
@@ -88,9 +86,9 @@ def write_planned_checkpoint(
     read back equal.
     """
     directories = [checkpoint.directory for checkpoint in sources]
-    # Before the writer looks whether the target is taken, which it always is by a source.
-    require_apart(save_dir / name_folder(planned.iteration), directories)
-    with open_checkpoint_writer(save_dir, iteration=planned.iteration, overwrite=overwrite) as writer:
+    with open_checkpoint_writer(
+        save_dir, iteration=planned.iteration, overwrite=overwrite, sources=directories
+    ) as writer:
         not_finite = []
         for number, tensor in enumerate(planned.tensors, start=1):
             writer.declare(tensor.key, tensor.shape, tensor.dtype)

@@ -25,7 +25,7 @@ from megatron_hammer.checkpoint_files.torch_dist.metadata_file import write_desc
 from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import find_saved_tensor, map_tensor
 from megatron_hammer.checkpoint_files.torch_dist.store import ALIGNMENT_BYTES, COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.publish import publish_directory, publish_files
+from megatron_hammer.files.publish import publish_directory, publish_files, require_apart
 
 MAX_FILE_BYTES = 4 << 30
 _BLOCK_BYTES = 1 << 19  # of one write
@@ -227,10 +227,12 @@ def open_checkpoint_writer(
     ConversionError if the target is taken, and OutputError if it cannot be written or the disk is full.
     """
     name = name_folder(iteration)
+    # Before the writer looks whether the target is taken, which it always is by a source.
+    require_apart(save_dir / name, sources)
     _validate_target(save_dir, name, overwrite)
     was_there = save_dir.exists()
     try:
-        with publish_directory(save_dir / name, overwrite=overwrite, sources=sources) as partial_dir:
+        with publish_directory(save_dir / name, overwrite=overwrite) as partial_dir:
             writer = CheckpointWriter(partial_dir)
             try:
                 yield writer

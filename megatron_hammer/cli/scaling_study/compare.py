@@ -14,14 +14,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
+from megatron_hammer.cli.scaling_study.result_files import describe_place, write_results
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.decisions.compare import Comparison, Option, build_option, compare
 from megatron_hammer.scaling.decisions.compare_report import (
     build_document,
@@ -35,7 +33,7 @@ from megatron_hammer.scaling.plan import PRECISIONS
 from megatron_hammer.scaling.report.projection_file import format_json
 from megatron_hammer.scaling.report.projection_tables import print_table
 from megatron_hammer.scaling.search.projection import Study
-from megatron_hammer.scaling.search.search import Search
+from megatron_hammer.scaling.search.search import build_search
 from megatron_hammer.scaling.search.study_problems import MOST_USD_PER_GPU_HOUR
 
 JOB = re.compile(r"(?P<gpu>[^@:]+)(@(?P<cluster>[^@:]+))?:(?P<gpus>\d{1,12}(,\d{1,12})*)(:(?P<precision>\w+))?")
@@ -72,9 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     studies = build_studies(arguments)
     grids = [_select_value(study, _read_values(arguments, "grid-kgco2-per-kwh")) for study in studies]
     coefficients = load_coefficients(arguments.coefficients)
-    search = Search(
-        predict=partial(predict_step, coefficients=coefficients), layout_correlation=coefficients.layout_correlation
-    )
+    search = build_search(coefficients)
     options = []
     for study, kgco2_per_kwh in zip(studies, grids, strict=True):
         size = search.search_plans(study, study.gpu_counts[0])
@@ -85,24 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
     comparison = compare(options, coefficients)
     document = format_json(build_document(comparison))
     if arguments.output_dir is not None:
-        publish_results(_build_files(comparison, document, arguments.output_dir))
+        files = {"comparison.json": document, "comparison.csv": format_csv(comparison)}
+        write_results(arguments.output_dir, {**files, "comparison.png": draw_front(comparison)})
     if arguments.json:
         print(document, end="")
     else:
         _print_comparison(comparison)
-    where = f"; written to {arguments.output_dir}" if arguments.output_dir else ""
-    print(_summarise(options) + where, file=sys.stderr if arguments.json else sys.stdout)
+    print(_summarise(options) + describe_place(arguments.output_dir), file=sys.stderr if arguments.json else sys.stdout)
     if not any(one.best for one in options):
         raise ConfigError(*(f"{name_option(one)}: {one.size.problem}" for one in options))
-
-
-def _build_files(comparison: Comparison, document: str, folder: Path) -> dict[Path, str | bytes]:
-    files: dict[Path, str | bytes] = {
-        folder / "comparison.json": document,
-        folder / "comparison.csv": format_csv(comparison),
-    }
-    image = draw_front(comparison)
-    return files if image is None else {**files, folder / "comparison.png": image}
 
 
 def _print_comparison(comparison: Comparison) -> None:
@@ -175,11 +162,10 @@ def _build_job_studies(arguments: argparse.Namespace, job: str) -> list[Study]:
     precision = match["precision"] or arguments.precision
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision: must be of {', '.join(PRECISIONS)}, got {precision}. Choose one of them.")
-    # The flags of a study on one machine, as `project` has them. Only the layout to start from is wanted.
+    # The flags of a study on one machine, as `project` has them.
     flags = {"gpu": match["gpu"], "cluster": match["cluster"], "gpus": match["gpus"], "precision": precision}
-    rest = {"memory_gib": None, "usd_per_gpu_hour": None, "samples_per_gpu": None, "top": 1}
-    shown = {"mfu_convention": "A", "knee": 0.8}
-    own = argparse.Namespace(**{**vars(arguments), **flags, **rest, **shown})
+    # Prices are per option here, and come to the study after this.
+    own = argparse.Namespace(**{**vars(arguments), **flags, "usd_per_gpu_hour": None})
     study = build_study(own, arguments.read_hf_model)
     return [replace(study, gpu_counts=(count,)) for count in study.gpu_counts]
 

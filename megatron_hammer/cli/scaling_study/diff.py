@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hammer.files.publish import publish_results
+from megatron_hammer.cli.scaling_study.result_files import describe_place, write_results
 from megatron_hammer.scaling.decisions.study_diff import compare_studies
 from megatron_hammer.scaling.decisions.study_diff_report import (
     build_document,
@@ -36,10 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     result = compare_studies(read_study(arguments.first), read_study(arguments.second))
     document = format_json(build_document(result))
     if arguments.output_dir is not None:
-        folder = arguments.output_dir
-        files: dict[Path, str | bytes] = {folder / "diff.json": document, folder / "diff.csv": format_csv(result)}
-        image = draw_curves(result)
-        publish_results(files if image is None else {**files, folder / "diff.png": image})
+        files = {"diff.json": document, "diff.csv": format_csv(result)}
+        write_results(arguments.output_dir, {**files, "diff.png": draw_curves(result)})
     if arguments.json:
         print(document, end="")
     else:
@@ -49,9 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
             print()
             print_table(table, sys.stdout)
         print()
-    where = f"; written to {arguments.output_dir}" if arguments.output_dir else ""
     print(
         f"{len(result.inputs)} inputs differ; {len(result.pairs)} layouts in both, {len(result.vanished)} vanished, "
-        f"{len(result.appeared)} appeared{where}",
+        f"{len(result.appeared)} appeared{describe_place(arguments.output_dir)}",
         file=sys.stderr if arguments.json else sys.stdout,
     )

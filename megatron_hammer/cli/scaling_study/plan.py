@@ -12,7 +12,6 @@ added as `goodput` does it. What lies beyond the runs of the law is marked as ex
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from megatron_hammer.cli.scaling_study.fit import (
@@ -26,7 +25,6 @@ from megatron_hammer.cli.scaling_study.study_arguments import add_study_argument
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.decisions.goodput_report import list_assumptions
 from megatron_hammer.scaling.decisions.training_plan import Target, TrainingPlan, choose_run, plan_training
 from megatron_hammer.scaling.decisions.training_plan_report import as_object, build_plan_table, describe_decision
@@ -36,7 +34,7 @@ from megatron_hammer.scaling.loss_law.runs import PARAMETER_CONVENTIONS
 from megatron_hammer.scaling.report.projection_file import format_json
 from megatron_hammer.scaling.report.projection_tables import print_table
 from megatron_hammer.scaling.search.projection import Study
-from megatron_hammer.scaling.search.search import Search
+from megatron_hammer.scaling.search.search import build_search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_operation_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="writes plan.json there")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object on stdout")
-    # What `project` has flags for and a plan does not show.
-    parser.set_defaults(top=1, knee=0.8, mfu_convention="A")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -69,10 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     fit = fit_loss_law(read_loss_runs(arguments), seed=arguments.seed)
     cost = six_nd_cost(describe_size(arguments))
     chosen = choose_run(fit, cost, target, study.model, arguments.parameters)
-    coefficients = load_coefficients(arguments.coefficients)
-    search = Search(
-        predict=partial(predict_step, coefficients=coefficients), layout_correlation=coefficients.layout_correlation
-    )
+    search = build_search(load_coefficients(arguments.coefficients))
     plan = plan_training(chosen, study, search, operations, target)
     text = format_json(as_object(plan))
     if arguments.output_dir is not None:

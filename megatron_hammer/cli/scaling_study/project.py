@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megatron_hammer.cli.scaling_study.result_files import describe_place
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
@@ -25,7 +26,7 @@ from megatron_hammer.scaling.report.projection_file import build_projection_docu
 from megatron_hammer.scaling.report.projection_tables import describe_result, list_problems, print_tables
 from megatron_hammer.scaling.search.projection import Overlay, Study, StudyResult, build_companion_study, find_knee
 from megatron_hammer.scaling.search.reference import find_references
-from megatron_hammer.scaling.search.search import Predict, Search
+from megatron_hammer.scaling.search.search import Predict, Search, build_search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     predict = partial(predict_step, coefficients=coefficients)
     # Before the search, so that an unreadable file is reported at once.
     overlay = _build_overlay(arguments, study, predict, coefficients)
-    search = Search(predict=predict, layout_correlation=coefficients.layout_correlation)
+    search = build_search(coefficients)
     references = find_references(study, predict, estimate_heaviest_plan_stage)
     result = replace(_project(study, search, coefficients), overlay=overlay, references=references)
     companion = build_companion_study(study, result.sizes)
@@ -139,6 +140,8 @@ def _print_result(arguments: argparse.Namespace, result: StudyResult) -> None:
         print(format_csv(result), end="")
     else:
         print_tables(result, sys.stdout)
-    where = f"; written to {arguments.output_dir}" if arguments.output_dir else ""
     # With --json or --csv stdout is for programs, so the summary goes to stderr.
-    print(f"{describe_result(result)}{where}", file=sys.stderr if arguments.json or arguments.csv else sys.stdout)
+    print(
+        describe_result(result) + describe_place(arguments.output_dir),
+        file=sys.stderr if arguments.json or arguments.csv else sys.stdout,
+    )

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_hammer.cli.scaling_study.result_files import describe_place, write_results
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.report.projection_file import format_json
 from megatron_hammer.scaling.report.projection_tables import print_table
@@ -56,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what matters and the table. A usual change that cannot be made is reported; one of --vary is an error."""
-    # What `project` shows besides; nothing here uses it.
-    shown = {"mfu_convention": "A", "knee": 0.8, "train_tokens": None, "usd_per_gpu_hour": None}
-    study = build_study(argparse.Namespace(**{**vars(arguments), **shown}), arguments.read_hf_model)
+    study = build_study(arguments, arguments.read_hf_model)
     if len(study.gpu_counts) != 1:
         counts = ", ".join(map(str, study.gpu_counts))
         raise ConfigError(f"gpus: must be one number of GPUs, got {counts}. Vary it with --vary gpus=x2.")
@@ -67,13 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     result = estimate_sensitivity(case, variations, lambda label: print(f"search: {label}", file=sys.stderr))
     document = format_json(build_document(result))
     if arguments.output_dir is not None:
-        folder = arguments.output_dir
-        files: dict[Path, str | bytes] = {
-            folder / "sensitivity.json": document,
-            folder / "sensitivity.csv": format_csv(result),
-        }
-        image = draw_tornado(result)
-        publish_results(files if image is None else {**files, folder / "sensitivity.png": image})
+        files = {"sensitivity.json": document, "sensitivity.csv": format_csv(result)}
+        write_results(arguments.output_dir, {**files, "sensitivity.png": draw_tornado(result)})
     if arguments.json:
         print(document, end="")
     else:
@@ -83,10 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
         print_table(build_table(result), sys.stdout)
         print()
     done = sum(one.problem is None for one in result.outcomes)
-    where = f"; written to {arguments.output_dir}" if arguments.output_dir else ""
-    layouts = len(result.base.projections)
+    layouts, place = len(result.base.projections), describe_place(arguments.output_dir)
     print(
-        f"{len(result.outcomes)} changes, {done} with a result; {layouts} layouts of the base{where}",
+        f"{len(result.outcomes)} changes, {done} with a result; {layouts} layouts of the base{place}",
         file=sys.stderr if arguments.json else sys.stdout,
     )
 

@@ -46,6 +46,12 @@ def add_study_arguments(parser: argparse.ArgumentParser, *, has_machine: bool = 
     _add_file_arguments(machine)
     _add_run_arguments(parser, has_machine, has_budget)
     _add_restrictions(parser)
+    # What build_study reads, for the commands that have no flag for it. A flag that is added later has its own default.
+    parser.set_defaults(top=1, knee=0.8, mfu_convention="A")
+    if not has_machine:
+        parser.set_defaults(memory_gib=None, samples_per_gpu=None)
+    if not has_budget:
+        parser.set_defaults(train_tokens=None, usd_per_gpu_hour=None)
 
 
 def _add_machine_arguments(machine: argparse._ArgumentGroup, has_price: bool) -> None:

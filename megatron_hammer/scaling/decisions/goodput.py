@@ -22,6 +22,7 @@ from megatron_hammer.scaling.decisions.checkpoint_interval import (
     find_best_interval_s,
 )
 from megatron_hammer.scaling.decisions.failures import FailureRate, estimate_failure_rate
+from megatron_hammer.scaling.evidence.layout_ranking import BAND_Z
 from megatron_hammer.scaling.loss_law.law import Interval
 from megatron_hammer.scaling.report.projection_file import SavedRow
 
@@ -38,7 +39,6 @@ REPAIR_HOURS = 24.0  # an assumption: no published time
 SPARES_CONFIDENCE = 0.95  # that one is free at a failure
 NUM_SAMPLES = 4000
 BAND = (10.0, 50.0, 90.0)  # percentiles; the outer two are those of a step's band
-Z_OF_BAND = 1.2816  # standard deviations of a normal distribution to either end of 80 %
 MOST_STEPS = 1e12  # of an interval; more than any run has
 EQUAL_RATIO = 1.005  # intervals whose run is longer by less than this are as good as the best one
 LEAST_GOODPUT_RATIO = 0.01  # below, a run does not end in practice
@@ -231,7 +231,7 @@ def draw_step_s(row: SavedRow, random: np.random.Generator, num_samples: int) ->
     """[n]: step times whose 10th and 90th percentile are the ends of the band, and whose median is the prediction."""
     steps = random.standard_normal(num_samples)
     up, down = math.log(row.high_s / row.step_time_s), math.log(row.step_time_s / row.low_s)
-    return row.step_time_s * np.exp(steps / Z_OF_BAND * np.where(steps > 0, up, down))
+    return row.step_time_s * np.exp(steps / BAND_Z * np.where(steps > 0, up, down))
 
 
 def _describe_stuck_run(row: SavedRow, cost: SaveCost, mtbf_s: float) -> str:

@@ -7,7 +7,6 @@ allowed, would not start, does not fit, or is slower than the rows that are show
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from megatron_hammer.model.byte_units import GIB
@@ -16,7 +15,7 @@ from megatron_hammer.scaling.evidence.layout_ranking import LAYOUT_FIELDS
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.report.projection_file import SavedRow
 from megatron_hammer.scaling.report.saved_study import SavedStudy
-from megatron_hammer.scaling.search.search import Search
+from megatron_hammer.scaling.search.search import Search, build_search
 from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS
 from megatron_hammer.scaling.sensitivity.sensitivity import CarriedPlan, carry_plan
 from megatron_hammer.scaling.sensitivity.variations import Case
@@ -157,11 +156,7 @@ def _explain_absent(
 def _build_search(saved: SavedStudy) -> Search | None:
     """None if the file does not have the coefficients."""
     coefficients = saved.projection.coefficients
-    if coefficients is None:
-        return None
-    return Search(
-        predict=partial(predict_step, coefficients=coefficients), layout_correlation=coefficients.layout_correlation
-    )
+    return None if coefficients is None else build_search(coefficients)
 
 
 def _explain(row: SavedRow, other: SavedStudy, search: Search | None) -> AbsentRow:

@@ -18,13 +18,13 @@ def describe_faster_dispatcher(result: StudyResult) -> str:
     starts = [size.best for size in result.sizes if size.best is not None]
     if not starts or result.coefficients is None or result.study.model.moe is None:
         return ""
-    plan = starts[-1].plan
+    start = starts[-1]
+    plan = start.plan
     if plan.layout.expert_model_parallel_size == 1 or plan.experts.dispatcher_type == "flex":
         return ""
     name: Dispatcher = "deepep" if plan.cluster.nvlink_domain_size <= USUAL_DOMAIN else "hybridep"
-    own_s = predict_step(plan, result.coefficients).total_s
     other = replace(plan, experts=replace(plan.experts, dispatcher=name))
-    gain_ratio = 1 - predict_step(other, result.coefficients).total_s / own_s
+    gain_ratio = 1 - predict_step(other, result.coefficients).total_s / start.step.total_s
     if gain_ratio < LEAST_GAIN_RATIO:
         return ""
     return (

@@ -107,6 +107,9 @@ class Study:
         return self.global_batch_size
 
 
+MEMORY_CAUTION = "memory: "  # how published_reach.py begins the caution about it
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
     """How a layout compares with the others of its size. standing.py computes it."""
@@ -119,7 +122,7 @@ class Standing:
     @property
     def is_near_memory_limit(self) -> bool:
         """Whether the error of the memory model could be what its GPUs lack."""
-        return any(caution.startswith("memory: ") for caution in self.cautions)
+        return any(caution.startswith(MEMORY_CAUTION) for caution in self.cautions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from megatron_hammer.scaling.published.run_table import (
     PUBLISHED_MOE_PATH,
     PUBLISHED_RUNS_PATH,
 )
+from megatron_hammer.scaling.search.projection import MEMORY_CAUTION
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
 TABLES = (PUBLISHED_RUNS_PATH, PUBLISHED_LARGE_RUNS_PATH, PUBLISHED_MOE_PATH)
@@ -74,7 +75,7 @@ def list_cautions(
     """
     cautions = []
     if memory_bytes * (1 + memory_margin_ratio) > memory_limit_bytes:
-        cautions.append(f"memory: {memory_bytes / GIB:.1f} of {memory_limit_bytes / GIB:.1f} GiB")
+        cautions.append(f"{MEMORY_CAUTION}{memory_bytes / GIB:.1f} of {memory_limit_bytes / GIB:.1f} GiB")
     if is_cpu_host(plan.cluster):
         return tuple(cautions)
     domain = plan.cluster.nvlink_domain_size

@@ -22,13 +22,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.context_parallel import list_context_exchanges
+from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.plan import ContextExchange, ExpertOptions, Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Standing, Study, describe_plan
@@ -236,6 +238,21 @@ class Search:
         )
         step = self._predict(replace(plan, layout=alone, global_batch_size=plan.micro_batch_size * dp))
         return sum(getattr(step, name) for name in LAYER_PARTS) / plan.model.num_layers
+
+
+def build_search(
+    coefficients: Coefficients,
+    *,
+    estimate: EstimateMemory = estimate_heaviest_plan_stage,
+    choose: Choose = choose_start,
+) -> Search:
+    """A search whose times and ties are those of these coefficients. estimate, choose: as in Search."""
+    return Search(
+        predict=partial(predict_step, coefficients=coefficients),
+        estimate=estimate,
+        layout_correlation=coefficients.layout_correlation,
+        choose=choose,
+    )
 
 
 class _Fit:

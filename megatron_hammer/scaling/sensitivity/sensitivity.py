@@ -8,17 +8,16 @@ share most of their errors, so their ratio is known better than either time.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection
-from megatron_hammer.scaling.search.search import EstimateMemory, Search
+from megatron_hammer.scaling.search.search import EstimateMemory, Search, build_search
 from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.search.standing import choose_fastest
 from megatron_hammer.scaling.sensitivity.variations import Case, Variation, apply_variation
@@ -102,12 +101,7 @@ def _remember_memory(case: Case) -> EstimateMemory:
 
 
 def _build_search(case: Case, estimate: EstimateMemory) -> Search:
-    return Search(
-        predict=partial(predict_step, coefficients=case.coefficients),
-        estimate=estimate,
-        layout_correlation=case.coefficients.layout_correlation,
-        choose=choose_fastest,
-    )
+    return build_search(case.coefficients, estimate=estimate, choose=choose_fastest)
 
 
 def _find_outcome(variation: Variation, varied: Case, base: SizeProjection, search: Search) -> Outcome:

@@ -67,24 +67,17 @@ def _change_study(**changes: Any) -> Callable[[Case], Case]:
     return lambda case: replace(case, study=replace(case.study, **changes))
 
 
-def _write_cluster(name: str) -> Callable[[Case, float], Case]:
+def _of_part(words: str, part: str, name: str, *usual: str, **kinds: bool) -> Quantity:
+    """A field of one of a study's parts: its model, its GPU or its cluster. kinds: is_whole, has_values."""
+
     def write(case: Case, value: float) -> Case:
-        changes: dict[str, Any] = {name: value}
-        return _change_study(cluster=replace(case.study.cluster, **changes))(case)
+        changes: dict[str, Any] = {part: replace(getattr(case.study, part), **{name: value})}
+        return _change_study(**changes)(case)
 
-    return write
+    def read(case: Case) -> float:
+        return float(getattr(getattr(case.study, part), name))
 
-
-def _write_vocabulary(case: Case, value: int) -> Case:
-    return _change_study(model=replace(case.study.model, vocab_size=value))(case)
-
-
-def _write_query_groups(case: Case, value: int) -> Case:
-    return _change_study(model=replace(case.study.model, num_query_groups=value))(case)
-
-
-def _write_memory_bandwidth(case: Case, value: float) -> Case:
-    return _change_study(gpu=replace(case.study.gpu, memory_bytes_per_s=value))(case)
+    return Quantity(words=words, read=read, write=write, usual=usual, **kinds)
 
 
 def _write_memory(case: Case, value: int) -> Case:
@@ -156,24 +149,9 @@ def _write_seq_length(case: Case, value: int) -> Case:
 
 
 QUANTITIES = {
-    "network": Quantity(
-        words="network bandwidth",
-        read=lambda case: case.study.cluster.network_bytes_per_s,
-        write=_write_cluster("network_bytes_per_s"),
-        usual=("x0.5", "x2"),
-    ),
-    "network-latency": Quantity(
-        words="network latency",
-        read=lambda case: case.study.cluster.network_latency_s,
-        write=_write_cluster("network_latency_s"),
-        usual=("x2",),
-    ),
-    "nvlink": Quantity(
-        words="NVLink bandwidth",
-        read=lambda case: case.study.cluster.nvlink_bytes_per_s,
-        write=_write_cluster("nvlink_bytes_per_s"),
-        usual=("x0.5", "x2"),
-    ),
+    "network": _of_part("network bandwidth", "cluster", "network_bytes_per_s", "x0.5", "x2"),
+    "network-latency": _of_part("network latency", "cluster", "network_latency_s", "x2"),
+    "nvlink": _of_part("NVLink bandwidth", "cluster", "nvlink_bytes_per_s", "x0.5", "x2"),
     "memory": Quantity(
         words="usable memory",
         read=lambda case: case.study.memory_limit_bytes,
@@ -181,12 +159,7 @@ QUANTITIES = {
         is_whole=True,
         usual=("-10%", "+10%"),
     ),
-    "memory-bandwidth": Quantity(
-        words="memory bandwidth",
-        read=lambda case: case.study.gpu.memory_bytes_per_s,
-        write=_write_memory_bandwidth,
-        usual=("-10%", "+10%"),
-    ),
+    "memory-bandwidth": _of_part("memory bandwidth", "gpu", "memory_bytes_per_s", "-10%", "+10%"),
     "kernels": Quantity(
         words="efficiency of matrix products and attention",
         read=lambda _: 1.0,
@@ -229,21 +202,8 @@ QUANTITIES = {
         has_values=True,
         usual=("x0.5", "x2"),
     ),
-    "vocabulary": Quantity(
-        words="vocabulary",
-        read=lambda case: case.study.model.vocab_size,
-        write=_write_vocabulary,
-        is_whole=True,
-        has_values=True,
-        usual=("x0.5", "x2"),
-    ),
-    "query-groups": Quantity(
-        words="query groups",
-        read=lambda case: case.study.model.num_query_groups,
-        write=_write_query_groups,
-        is_whole=True,
-        has_values=True,
-    ),
+    "vocabulary": _of_part("vocabulary", "model", "vocab_size", "x0.5", "x2", is_whole=True, has_values=True),
+    "query-groups": _of_part("query groups", "model", "num_query_groups", is_whole=True, has_values=True),
     "precision": Quantity(
         words="precision",
         read=lambda _: math.nan,  # a name has no factor

@@ -4,23 +4,12 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.accounting import ParallelLayout
-from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.cost.host_offload import estimate_host_optimizer_s
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
-from megatron_hammer.scaling.plan import Plan
+from tests.helpers.toy_study import build_llama_plan
 
-PLAN = Plan(
-    model=PRESETS["llama3-8b"].model,
-    layout=ParallelLayout(data_parallel_size=8),
-    gpu=select_gpu("h100-sxm"),
-    cluster=select_cluster("dgx-h100"),
-    seq_length=8192,
-    micro_batch_size=1,
-    global_batch_size=128,
-)
+PLAN = build_llama_plan()
 PRIORS = build_prior_coefficients()
 LINK, MEMORY = PLAN.cluster.host_bytes_per_s, PLAN.cluster.host_memory_bytes_per_s
 

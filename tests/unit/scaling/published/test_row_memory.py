@@ -4,27 +4,15 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.accounting import ParallelLayout
-from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
-from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage, fits_in_memory
 from megatron_hammer.scaling.published.measured_runs import read_runs
 from megatron_hammer.scaling.published.row_memory import fill_memory_options, fit_in_memory
 from megatron_hammer.scaling.published.row_model import UnpredictableError
 from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH, RunRow
 from megatron_hammer.scaling.published.software import load_known_software, select_recipe, select_software
+from tests.helpers.toy_study import build_llama_plan
 
-PLAN = Plan(
-    model=PRESETS["llama3-8b"].model,
-    layout=ParallelLayout(data_parallel_size=8),
-    gpu=select_gpu("h100-sxm"),
-    cluster=select_cluster("dgx-h100"),
-    seq_length=8192,
-    micro_batch_size=1,
-    global_batch_size=64,
-    gradient_bytes=2,
-)
+PLAN = build_llama_plan(global_batch_size=64, gradient_bytes=2)
 BRIDGE, UNKNOWN = RunRow(row_number=2, source="MegatronBridge_perf_25.11"), RunRow(row_number=2)
 
 

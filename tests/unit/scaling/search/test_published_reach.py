@@ -7,27 +7,18 @@ import pytest
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.hardware.catalogue import select_cluster
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.published.measured_runs import read_runs
 from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.search.published_reach import list_cautions, list_sizes, read_published_reach
-from tests.helpers.toy_study import build_toy_study
+from tests.helpers.toy_study import build_llama_plan
 
 LIMIT = 76 * GIB
 
 
 def build_plan(**layout: int) -> Plan:
-    study = build_toy_study("llama3-8b")
-    return Plan(
-        model=study.model,
-        layout=ParallelLayout(**layout),
-        gpu=select_gpu("h100-sxm"),
-        cluster=select_cluster("dgx-h100"),
-        seq_length=8192,
-        micro_batch_size=1,
-        global_batch_size=16384,
-    )
+    return build_llama_plan(layout=ParallelLayout(**layout), global_batch_size=16384)
 
 
 def mark(plan: Plan, memory_gib: float = 40) -> tuple[str, ...]:
