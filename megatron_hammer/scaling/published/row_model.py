@@ -106,7 +106,7 @@ def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
     model = _build_model(row, shape, family, assumptions)
     if known is None or not _has_widths_of(row, known, shape["hidden"]):
         model = _tie_as_stated(row, model, assumptions)
-    _refuse_another_size(row, model)
+    _refuse_other_sizes(row, model, LARGEST_NAMED_SIZE_DIFFERENCE_RATIO)
     return model, tuple(assumptions)
 
 
@@ -242,13 +242,20 @@ def _tie_as_stated(row: RunRow, model: ModelShape, assumptions: list[str]) -> Mo
     return other
 
 
-def _refuse_another_size(row: RunRow, model: ModelShape) -> None:
-    """Raise UnpredictableError if a dense model as built is far from the size that its row states."""
-    if row.params_b is None:
-        return
-    counted = count_parameters(model) / 1e9
-    if abs(counted / row.params_b - 1) > LARGEST_NAMED_SIZE_DIFFERENCE_RATIO:
-        raise UnpredictableError(f"its model has {counted:.4g} B parameters as built, the row says {row.params_b:g} B")
+def _refuse_other_sizes(row: RunRow, model: ModelShape, allowed_ratio: float) -> None:
+    """Raise UnpredictableError if the model as built has other sizes than the row states: it is another model.
+
+    What a token is computed with may be stated with or without its row of the input embedding. A dense row states none.
+    """
+    active, embedding = count_active_parameters(model), model.vocab_size * model.hidden_size
+    for kind, stated, counted in (
+        ("", row.params_b, (count_parameters(model),)),
+        ("active ", row.params_active_b if model.moe is not None else None, (active, active - embedding)),
+    ):
+        if stated is not None and all(abs(number / 1e9 / stated - 1) > allowed_ratio for number in counted):
+            raise UnpredictableError(
+                f"its model has {counted[0] / 1e9:.4g} B {kind}parameters as built, the row says {stated:g} B"
+            )
 
 
 # SwiGLU, RMSNorm, a rope and an untied head: every published model with experts that is not refused, except GPT-OSS.
@@ -279,7 +286,7 @@ def _build_expert_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
         sliding_window=_read_sliding_window(row, shape["layers"]),
     )
     # Published sizes leave out the layers that predict further tokens.
-    _refuse_other_size(row, model)
+    _refuse_other_sizes(row, model, LARGEST_SIZE_DIFFERENCE_RATIO)
     return replace(model, num_mtp_layers=row.mtp_layers or 0), tuple(assumptions)
 
 
@@ -343,23 +350,3 @@ def _read_sliding_window(row: RunRow, num_layers: int) -> SlidingWindow | None:
         layers = tuple(layer for layer in range(num_layers) if layer % 4 != 3)
         return SlidingWindow(num_tokens=LLAMA4_CHUNK_TOKENS, layers=layers, is_chunked=True)
     return None
-
-
-def _refuse_other_size(row: RunRow, model: ModelShape) -> None:
-    """Raise UnpredictableError if the model as built has other sizes than the row states: it is another model.
-
-    What a token is computed with may be stated with or without its row of the input embedding.
-    """
-    active, embedding = count_active_parameters(model), model.vocab_size * model.hidden_size
-    for kind, stated, counted in (
-        ("", row.params_b, (count_parameters(model),)),
-        ("active ", row.params_active_b, (active, active - embedding)),
-    ):
-        if stated is not None and all(not _is_near(number / 1e9, stated) for number in counted):
-            raise UnpredictableError(
-                f"its model has {counted[0] / 1e9:.4g} B {kind}parameters as built, the row says {stated:g} B"
-            )
-
-
-def _is_near(counted_b: float, stated_b: float) -> bool:
-    return abs(counted_b / stated_b - 1) <= LARGEST_SIZE_DIFFERENCE_RATIO
