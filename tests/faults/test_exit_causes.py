@@ -133,7 +133,35 @@ def test_a_worker_of_the_data_loader_that_is_killed_is_named(tmp_path: Path) -> 
     wait_for_step(run, tmp_path, 3)
     (worker,) = run.list_ranks()[0].children()
     worker.kill()
-    assert run.wait() == 1
+    assert run.wait() == 1, run.log
     assert f"num-workers: processes that load data must live as long as the run, got process {worker.pid}" in run.log
     assert "Traceback" not in run.log
     assert "Traceback" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+# torch's workers share a lock with their rank, which takes it on its way out.
+HOLDS_A_LOCK = """
+import multiprocessing.synchronize, os, signal
+import torch.utils.data
+from megatron_hammer.training.supervision import last_words
+
+def is_set(event, calls=[], original=multiprocessing.synchronize.Event.is_set):
+    if torch.utils.data.get_worker_info() is not None:
+        calls.append(event)
+        if len(calls) == 6:
+            event._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return original(event)
+
+multiprocessing.synchronize.Event.is_set = is_set
+last_words.END_WITHIN_S = 1.0
+"""
+
+
+def test_a_worker_that_is_killed_with_a_lock_does_not_keep_its_rank_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "before.py").write_text(HOLDS_A_LOCK)
+    flags = (*ENDLESS, "--mock-data", "--save", str(tmp_path), "--num-workers", "1")
+    run = LaunchedRun("--standalone", "--nproc-per-node", "1", "--", *flags, before_rank=str(tmp_path / "before.py"))
+    assert run.wait() == 1, run.log
+    assert "num-workers: processes that load data must live as long as the run, got process" in run.log
+    assert "in _shutdown_workers" in (tmp_path / "logs" / "rank-0.log").read_text(), "where it waited"
