@@ -28,6 +28,7 @@ from megatron_hammer.scaling.memory.software import (
 )
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
 from megatron_hammer.scaling.published.row_model import UnpredictableError, build_row_model
+from megatron_hammer.scaling.published.row_offload import read_offload
 from megatron_hammer.scaling.published.row_words import (
     name_precision,
     name_recompute,
@@ -127,7 +128,7 @@ def _build_measured_memory(row: MemoryRow) -> MeasuredMemory:
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        options=_build_options(row, software, layout.pipeline_model_parallel_size > 1, assumptions),
+        options=_build_options(row, software, model, layout.pipeline_model_parallel_size > 1, assumptions),
         fragmentation_ratio=EXPANDABLE_FRAGMENTATION_RATIO if software.has_expandable_segments else FRAGMENTATION_RATIO,
         assumptions=tuple(assumptions),
     )
@@ -147,8 +148,8 @@ def _refuse_what_is_not_modelled(row: MemoryRow) -> None:
         raise UnpredictableError("its multi-latent attention is not modelled")
     if "lora" in text:
         raise UnpredictableError("adapters beside frozen weights are not modelled")
-    if "offload" in f"{text} {row.sharding}".lower():
-        raise UnpredictableError("how much of it is offloaded to the host is not stated")
+    if "offload" in f"{row.model} {row.quantity}".lower():
+        raise UnpredictableError("what of it is offloaded to the host is not stated: say so in sharding or recompute")
     if row.source.startswith("Korthikanti2022_AppB"):
         raise UnpredictableError("sequence, micro-batch and recomputation of the figure are not given")
 
@@ -285,10 +286,11 @@ def _count_or_assume(
 
 
 def _build_options(
-    row: MemoryRow, software: MemorySoftware, has_pipeline: bool, assumptions: list[str]
+    row: MemoryRow, software: MemorySoftware, model: ModelShape, has_pipeline: bool, assumptions: list[str]
 ) -> MemoryOptions:
     recompute, modules = _read_recompute(row, software, assumptions)
     sharding, shard_size = _read_sharding(row, software, assumptions)
+    offload = read_offload(row, sharding, model.num_layers, assumptions)
     precision = _read_precision(row, software, assumptions)
     # The memory of fp16 is that of bf16. Without lasting 8-bit copies, 8-bit training needs the memory of 16 bits too.
     if precision == "fp16" or (precision != "fp32" and not software.keeps_quantized):
@@ -311,6 +313,7 @@ def _build_options(
         has_fused_weight_gradients=software.has_fused_weight_gradients,
         has_quantized_parameters=software.has_quantized_parameters,
         workspace_bytes=software.workspace_bytes,
+        **offload._asdict(),
     )
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware.catalogue import (
     load_clusters,
@@ -42,6 +41,7 @@ from megatron_hammer.scaling.published.row_layout import (
 )
 from megatron_hammer.scaling.published.row_memory import fill_memory_options, fit_in_memory
 from megatron_hammer.scaling.published.row_model import UnpredictableError, build_row_model
+from megatron_hammer.scaling.published.row_offload import read_offload
 from megatron_hammer.scaling.published.row_step_time import find_step_time
 from megatron_hammer.scaling.published.row_words import (
     list_formats,
@@ -179,11 +179,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
     sharding, shard_size = _read_sharding(row, cluster, software, assumptions)
     if shard_size == layout.data_parallel_size:
         shard_size = None  # all ranks, including context-parallel ones
-    if sharding == "distributed_optimizer" and not _fits_unsharded(model, layout, gpu):
-        assumptions.append(
-            "sharding fsdp: whole weights and gradients beside an optimizer shard exceed the GPU's memory"
-        )
-        sharding = "fsdp"
+    offload = read_offload(row, sharding, model.num_layers, assumptions)
     recompute = _read_recompute(row, recipe, software, assumptions)
     plan = Plan(
         model=model,
@@ -209,6 +205,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         cuda_graphs=read_cuda_graphs(row, assumptions),
         context_exchange=software.context_exchange,
         software_year=find_software_year(row, software),
+        **offload._asdict(),
     )
     plan = fit_in_memory(fill_memory_options(plan, row, recipe, software, assumptions), row, assumptions)
     if "deterministic" in row.notes.lower():
@@ -370,8 +367,6 @@ def _read_sharding(
     if not text:
         assumptions.append(f"sharding {software.sharding}: blank, {software.name}")
         return software.sharding, None
-    if "offload" in text:
-        raise UnpredictableError("its optimizer is offloaded to the host, which is not modelled")
     sharding = name_sharding(text)
     if sharding is None:
         assumptions.append(f"sharding {software.sharding}: {row.sharding!r} is not known, {software.name}")
@@ -381,12 +376,6 @@ def _read_sharding(
         size = cluster.gpus_per_node
         assumptions.append(f"shards over {size} GPUs: hybrid sharding keeps to a node")
     return sharding, None if sharding == "none" else size
-
-
-def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool:
-    """Whether 16-bit weights and gradients (2 + 2 bytes) and a shard of Adam's 12 bytes fit, before any activation."""
-    num_parameters = count_rank_parameters(model, layout, 0).total
-    return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes
 
 
 def _overlaps_tensor_parallel(row: RunRow, software: TrainingSoftware) -> bool:

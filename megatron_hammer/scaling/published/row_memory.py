@@ -24,9 +24,34 @@ BLOCKWISE = r"\bsc\b|block|sub-?channel|fine-?grained"  # of a precision's cell:
 def fill_memory_options(
     plan: Plan, row: RunRow, recipe: SourceRecipe | None, software: TrainingSoftware, assumptions: list[str]
 ) -> Plan:
-    """The plan with its software's and its recipe's ways to save memory. plan: with everything that the row states."""
+    """The plan with its software's and its recipe's ways to save memory. plan: with everything that the row states.
+
+    A run whose whole weights and gradients alone exceed the GPU can only have sharded them.
+    """
+    filled, texts = _fill_options(plan, row, recipe, software)
+    if plan.sharding == "distributed_optimizer" and not _holds_state(filled):
+        layout = replace(plan.layout, has_distributed_optimizer=False)
+        filled, texts = _fill_options(replace(plan, sharding="fsdp", layout=layout), row, recipe, software)
+        texts.insert(
+            0, f"sharding fsdp: weights, gradients and buffers as a whole exceed the memory of {plan.gpu.name}"
+        )
+    assumptions += texts
+    return filled
+
+
+def _holds_state(plan: Plan) -> bool:
+    stage = estimate_heaviest_plan_stage(plan)
+    return stage.state_bytes + stage.buffers_bytes <= plan.gpu.memory_bytes
+
+
+def _fill_options(
+    plan: Plan, row: RunRow, recipe: SourceRecipe | None, software: TrainingSoftware
+) -> tuple[Plan, list[str]]:
+    """(the plan, the assumptions that it makes)."""
+    texts: list[str] = []
     is_quantized = plan.precision in software.quantized_parameters and not re.search(BLOCKWISE, row.precision.lower())
     is_quantized &= plan.sharding != "none"  # Megatron gathers such parameters with a sharded optimizer only
+    is_quantized &= plan.precision == "fp8" or not plan.optimizer_offload_ratio  # as has_quantized_parameters
     plan = replace(
         plan,
         has_quantized_parameters=is_quantized,
@@ -34,16 +59,16 @@ def fill_memory_options(
         recompute_modules=_select_modules(plan, row, software),
     )
     if is_quantized:
-        assumptions.append(f"{plan.precision} parameters: {software.name}")
+        texts.append(f"{plan.precision} parameters: {software.name}")
     if recipe is not None and recipe.master_bytes is not None and recipe.moments_bytes is not None:
         plan = replace(plan, master_bytes=recipe.master_bytes, moments_bytes=recipe.moments_bytes)
-        assumptions.append(f"optimizer of {plan.master_bytes + plan.moments_bytes} bytes: {recipe.source}")
+        texts.append(f"optimizer of {plan.master_bytes + plan.moments_bytes} bytes: {recipe.source}")
     # NVIDIA's recipes offload with FSDP only, and Megatron without a pipeline only (megatron.core's TransformerConfig).
     is_whole = plan.sharding == "fsdp" and plan.layout.pipeline_model_parallel_size == 1
-    if recipe is None or recipe.num_offloaded_layers is None or not is_whole:
-        return plan
-    assumptions.append(f"activations of {recipe.num_offloaded_layers} layers on the host: {recipe.source}")
-    return replace(plan, num_offloaded_layers=recipe.num_offloaded_layers)
+    if recipe is None or recipe.num_offloaded_layers is None or plan.num_offloaded_layers or not is_whole:
+        return plan, texts
+    texts.append(f"activations of {recipe.num_offloaded_layers} layers on the host: {recipe.source}")
+    return replace(plan, num_offloaded_layers=recipe.num_offloaded_layers), texts
 
 
 def _select_modules(plan: Plan, row: RunRow, software: TrainingSoftware) -> tuple[RecomputeModule, ...]:

@@ -53,7 +53,9 @@ def name_recompute(cell: str) -> Recompute | None:
 def name_sharding(cell: str) -> Sharding | None:
     """What a cell says is sharded: 'ZeRO-1 within 8 GPUs' -> distributed_optimizer. None if the words are unknown."""
     text = re.sub(r"zero[-_ ]*(stage)?[-_ ]*(?=\d)", "zero-", cell.lower())
-    is_optimizer = re.search(r"zero-[12]\b|dist(ributed)?[-_. ]*opt|shard_grad_op|\boptim(_grads)?(?![a-z_])", text)
+    # "optim offload" says where the optimizer is, not that it is sharded.
+    optim = r"\boptim(_grads)?(?![a-z_]| *(cpu *)?offload)"
+    is_optimizer = re.search(rf"zero-[12]\b|zero[-_ ]*offload|dist(ributed)?[-_. ]*opt|shard_grad_op|{optim}", text)
     if is_optimizer and "optim_grads_params" not in text:
         return "distributed_optimizer"
     if re.search(r"fsdp|zero-3|full_shard|hsdp", text):

@@ -163,7 +163,7 @@ def test_precision(tmp_path, precision, expected):
         ({"recompute": "mla_up_proj"}, "its multi-latent attention is not modelled"),
         ({"recompute": "everything"}, "its recomputation 'everything' is not known"),
         ({"sharding": "magic"}, "its sharding 'magic' is not known"),
-        ({"sharding": "ZeRO offload"}, "how much of it is offloaded to the host is not stated"),
+        ({"quantity": "peak with offload"}, "what of it is offloaded to the host is not stated"),
         ({"model": "DeepSeek-V3"}, "its multi-latent attention is not modelled"),
         ({"model": "Qwen3-8B LoRA"}, "adapters beside frozen weights are not modelled"),
         ({"model": "Mixtral-8x7B"}, "its model has experts, and its row does not say how many"),
@@ -243,3 +243,9 @@ def test_torchtitan_cuts_its_local_batch_and_has_expandable_segments(tmp_path):
     assert (row.options.cross_entropy, row.options.master_bytes) == ("eager", 2)
     later = read_one(tmp_path, source="torchtitan_h200_202506", global_batch="64", vpp="1")
     assert later.options.cross_entropy == "compiled"
+
+
+def test_an_optimizer_on_the_host_is_an_option_of_the_row(tmp_path):
+    row = read_one(tmp_path, sharding="distributed optimizer, optimizer offload 50%")
+    assert row.options.optimizer_offload_ratio == 0.5
+    assert read_one(tmp_path).options.optimizer_offload_ratio == 0

@@ -79,7 +79,7 @@ def test_a_model_that_cannot_fit_whole_is_sharded(tmp_path: Path) -> None:
     cells = {"tp": "1", "gpus": "64", "dp": "64", "global_batch": "128", "sharding": "DDP/dist-opt"}
     run = read_one(tmp_path, **shape, **cells, recompute="full")
     assert run.plan.sharding == "fsdp"
-    assert any(text.startswith("sharding fsdp: whole weights and gradients") for text in run.assumptions)
+    assert any(text.startswith("sharding fsdp: weights, gradients and buffers") for text in run.assumptions)
     assert read_plan(tmp_path, **shape, tp="8", gpus="64", dp="8").sharding == "distributed_optimizer"
 
 
@@ -152,7 +152,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: 
         ({"precision": "int8"}, "its precision 'int8' is not known"),
         ({"precision": "fp8", "gpu_type": "A100"}, "its GPU a100-sxm-80gb has no fp8"),
         ({"recompute": "clever"}, "its recomputation 'clever' is not known"),
-        ({"sharding": "ZeRO-3+offload"}, "its optimizer is offloaded to the host, which is not modelled"),
+        ({"sharding": "ZeRO-3+offload"}, "what of it is offloaded to the host is not stated: 'offload'"),
         (
             {"micro_batch": "", "global_batch": "", "iteration_time_s": "", "mfu": "0.4"},
             "micro_batch and global_batch are blank",

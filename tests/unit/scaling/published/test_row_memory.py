@@ -108,3 +108,16 @@ def test_every_source_has_its_modules_of_selective_recomputation():
     modules = {one.name: one.selective_modules for one in load_known_software().software}
     assert modules["torchtitan"] == ("every_other_matmul",)
     assert modules["Megatron Bridge"] == ("core_attn",)
+
+
+def test_weights_that_exceed_the_gpu_are_sharded():
+    software, _ = select_software(UNKNOWN, "h100-sxm")
+    model = dataclasses.replace(PLAN.model, num_layers=80)  # 18 billion parameters of 2 + 2 bytes and a shard of 12
+    assumptions: list[str] = []
+    plan = fill_memory_options(dataclasses.replace(PLAN, model=model), UNKNOWN, None, software, assumptions)
+    assert (plan.sharding, plan.layout.has_distributed_optimizer) == ("fsdp", False)
+    assert any("sharding fsdp: weights, gradients and buffers" in text for text in assumptions)
+    # With twice the memory they stay whole.
+    large = dataclasses.replace(PLAN.gpu, memory_bytes=2 * PLAN.gpu.memory_bytes)
+    kept = fill_memory_options(dataclasses.replace(PLAN, model=model, gpu=large), UNKNOWN, None, software, [])
+    assert kept.sharding == "distributed_optimizer"
