@@ -5,6 +5,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -16,10 +17,15 @@ from megatron_hammer.model.memory.options import OFFLOAD_MODULES
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe
-from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
+from megatron_hammer.scaling.hardware.catalogue import (
+    load_clusters,
+    select_cluster,
+    select_default_cluster,
+    select_gpu,
+)
 from megatron_hammer.scaling.plan import DISPATCHERS, NATURAL_IMBALANCE_RATIO, PRECISIONS, Cluster, ExpertOptions, Gpu
 from megatron_hammer.scaling.search.projection import MEMORY_MARGIN_RATIO, Study
-from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace
+from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace, is_cpu_host
 from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study_problems
 
 # Of a GPU's memory that a plan may need by default: the rest is for the error of the estimate.
@@ -206,7 +212,20 @@ def _select_machine(arguments: argparse.Namespace) -> tuple[Gpu, Cluster]:
     gpu = select_gpu(arguments.gpu, gpus_path)
     if arguments.cluster is None:
         return gpu, select_default_cluster(gpu.name, clusters_path, gpus_path=gpus_path)
-    return gpu, select_cluster(arguments.cluster, clusters_path, gpus_path=gpus_path)
+    cluster = select_cluster(arguments.cluster, clusters_path, gpus_path=gpus_path)
+    if cluster.gpu != gpu.name:
+        clusters = load_clusters(clusters_path, gpus_path=gpus_path).values()
+        if is_cpu_host(cluster) or any(is_cpu_host(one) for one in clusters if one.gpu == gpu.name):
+            raise ConfigError(
+                f"cluster: must be of CPU processes for CPU cores only, got cluster={cluster.name}, gpu={gpu.name}. "
+                "Leave --cluster out, or pass one of this GPU."
+            )
+        print(
+            f"note: cluster {cluster.name} is described with {cluster.gpu}; its links, nodes and price are taken for "
+            f"{gpu.name}",
+            file=sys.stderr,
+        )
+    return gpu, cluster
 
 
 def _select_batch(arguments: argparse.Namespace, recipe: Recipe | None, problems: list[str]) -> dict[str, Any]:

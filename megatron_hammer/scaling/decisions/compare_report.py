@@ -251,7 +251,7 @@ def draw_front(comparison: Comparison) -> bytes | None:
     machines: dict[str, list[int]] = {}
     for position in shown:
         study = comparison.options[position].study
-        machines.setdefault(f"{study.gpu.name} ({study.cluster.name}) {study.precision}", []).append(position)
+        machines.setdefault(f"{study.machine} {study.precision}", []).append(position)
     for number, (name, positions) in enumerate(machines.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         _draw_machine(axis, comparison, positions, name, style)

@@ -212,7 +212,7 @@ def draw_curves(result: StudyDifference) -> bytes | None:
         speeds = [one / row.step_time_s for one, row in zip(tokens, rows, strict=True)]
         axis.fill_between(counts, low, high, color=colour, alpha=0.18, linewidth=0)
         study = (result.first if words == "first" else result.second).study
-        name = f"{words}: {study.model.name}, {study.gpu.name} ({study.cluster.name}), {study.precision}"
+        name = f"{words}: {study.model.name}, {study.machine}, {study.precision}"
         axis.plot(counts, speeds, color=colour, marker="o", markersize=4, label=name)
     counts = sorted({row.num_gpus for _, _, rows in studies for row in rows})
     axis.set_xscale("log", base=2)

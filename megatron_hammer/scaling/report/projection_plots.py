@@ -65,7 +65,7 @@ def _render(figure: Figure) -> bytes:
 
 def _title(result: StudyResult) -> str:
     study = result.study
-    machine = f"{study.gpu.name} ({study.cluster.name})"
+    machine = study.machine
     return f"{study.model.name} on {machine}, sequence {study.seq_length:,}, {study.precision}"
 
 

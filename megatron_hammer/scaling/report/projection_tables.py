@@ -114,7 +114,7 @@ def describe_batch(result: StudyResult) -> str:
 def describe_study(result: StudyResult) -> str:
     study = result.study
     return (
-        f"{study.model.name} on {study.gpu.name} ({study.cluster.name}): {describe_batch(result)}, sequence "
+        f"{study.model.name} on {study.machine}: {describe_batch(result)}, sequence "
         f"{study.seq_length:,}, {study.precision}{describe_expert_options(study)}, "
         f"at most {study.memory_limit_bytes / GIB:.1f} GiB per GPU"
     )

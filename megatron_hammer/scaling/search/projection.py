@@ -99,6 +99,12 @@ class Study:
     def is_weak(self) -> bool:
         return self.samples_per_gpu is not None
 
+    @property
+    def machine(self) -> str:
+        """The GPU and its cluster in words, with the GPU that the cluster is described with if that is another one."""
+        of_another = "" if self.cluster.gpu == self.gpu.name else f", a cluster of {self.cluster.gpu}"
+        return f"{self.gpu.name} ({self.cluster.name}{of_another})"
+
     def global_batch_size_at(self, num_gpus: int) -> int:
         """The batch of a step on so many GPUs; whole at every size of the study (find_study_problems)."""
         if self.samples_per_gpu is not None:

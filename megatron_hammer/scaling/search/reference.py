@@ -19,7 +19,7 @@ from megatron_hammer.scaling.plan import TODAY, Plan, StepTime
 from megatron_hammer.scaling.published.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.published.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.search.projection import Projection, Reference, Study
-from megatron_hammer.scaling.search.search_space import has_quantized_parameters, list_micro_batch_sizes
+from megatron_hammer.scaling.search.search_space import has_quantized_parameters, is_cpu_host, list_micro_batch_sizes
 
 # Publications of NVIDIA's own runs of Megatron, as the tables name them.
 NVIDIA_SOURCES = ("MegatronBridge", "MegatronLM_README_H100", "NVIDIA_dgxc", "dgxc_", "NeMo", "MCoreMoE")
@@ -40,6 +40,8 @@ def find_references(
     length, and the newest source. A run that is the closest one at several sizes is listed at each, because its layout
     is projected to each.
     """
+    if is_cpu_host(study.cluster):
+        return ()
     runs = [run for run in (list_published_runs() if runs is None else runs) if _is_reference(run, study)]
     if not runs:
         return ()

@@ -66,7 +66,7 @@ def build_table(result: Sensitivity) -> ResultTable:
     ]  # fmt: skip
     columns = ("change", "time", "GPU time", "kept", "s per step", "place", "loss if kept", "rank corr.", "GiB")
     return ResultTable(
-        title=f"{study.model.name} on {result.case.num_gpus:,} x {study.gpu.name} ({study.cluster.name}), "
+        title=f"{study.model.name} on {result.case.num_gpus:,} x {study.machine}, "
         f"{study.precision}: one change at a time",
         columns=(*columns, "fastest layout"),
         groups=(tuple(rows),),
@@ -203,7 +203,7 @@ def _label_axes(axis: Any, result: Sensitivity, bars: list[Outcome]) -> None:
     axis.grid(True, axis="x", color="#DDDDDD", linewidth=0.7)
     axis.set_axisbelow(True)
     study = result.case.study
-    machine = f"{result.case.num_gpus:,} x {study.gpu.name} ({study.cluster.name})"
+    machine = f"{result.case.num_gpus:,} x {study.machine}"
     axis.set_title(f"{study.model.name} on {machine}, {study.precision}:\none change at a time", fontsize=10)
 
 

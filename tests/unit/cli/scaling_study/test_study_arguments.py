@@ -75,6 +75,20 @@ def test_a_cluster_with_a_price() -> None:
     assert parse(*LLAMA).usd_per_gpu_hour is None
 
 
+def test_a_cluster_of_another_gpu_is_said_to_be_one(capsys) -> None:
+    assert parse(*LLAMA, "--cluster", "dgx-h100").machine == "h100-sxm (dgx-h100)"
+    assert capsys.readouterr().err == ""
+    study = parse(*LLAMA, "--cluster", "dgx-h200")
+    assert study.machine == "h100-sxm (dgx-h200, a cluster of h200-sxm)"
+    assert "note: cluster dgx-h200 is described with h200-sxm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpu", "cluster"), [("h100-sxm", "cpu-host"), ("cpu-core", "dgx-h100")])
+def test_cpu_processes_are_no_cluster_of_gpus(gpu: str, cluster: str) -> None:
+    with pytest.raises(ConfigError, match=f"cluster: must be of CPU processes .* got cluster={cluster}, gpu={gpu}"):
+        parse("--preset", "llama3-8b", "--gpu", gpu, "--cluster", cluster, "--gpus", "8")
+
+
 def test_a_hugging_face_model_has_no_recipe() -> None:
     study = parse("--hf-config", "folder/config.json", *MACHINE, "--global-batch-size", "256")
     assert (study.model.name, study.preset, study.hf_config) == ("tinyllama-1b1", None, "folder/config.json")
