@@ -1,11 +1,12 @@
 """Run benchmarks on models without a network: lm-eval's tasks, C-Eval, CMMLU and HumanEval.
 
 hammer evaluate hf/hammer --tasks ceval-ppl cmmlu-ppl --num-fewshot 0 5 --data-dir data/benchmarks
-hammer evaluate checkpoints/hammer --iteration 60000 --tasks hellaswag arc_easy piqa --data-dir data/benchmarks
+hammer evaluate --load checkpoints/hammer --iterations all --tasks hellaswag arc_easy piqa --data-dir data/benchmarks
 torchrun --nproc-per-node 4 tools/evaluate.py checkpoints/hammer --pipeline-model-parallel-size 4 --suite suite.toml
 
 A model is a Hugging Face folder, the --save folder of a run or a GGUF file; all of them are asked the same questions
-through one interface. The data are local copies of what the authors publish, a folder for each dataset in --data-dir
+through one interface. Of a run, --iterations evaluates several checkpoints, and a picture shows their scores against
+the trained tokens. The data are local copies of what the authors publish, a folder for each dataset in --data-dir
 (docs/evaluation.md lists the layouts). Every score comes with its standard error, the score of guessing and the number
 of questions.
 """
@@ -28,7 +29,9 @@ from megatron_hammer.platforms.parent_process import end_with_parent
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; those of a suite are None where they are not given. See --help."""
     parser = CommandParser(__doc__)
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL")
+    parser.add_argument("models", nargs="*", metavar="[NAME=]MODEL", help="models to compare")
+    parser.add_argument("--load", type=Path, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--iterations", help="of --load: all, or numbers such as 1000,2000 (the newest)")
     parser.add_argument("--suite", type=Path, metavar="FILE", help="TOML file with the settings below; flags override")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names or patterns: ceval-ppl, 'cmmlu-gen_high*'")
     parser.add_argument("--data-dir", metavar="DIR", help="folder that has a folder for each dataset")
@@ -56,7 +59,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="for HumanEval: run what the model writes, in a process with limits that is no security sandbox",
     )
     parser.add_argument("--tokenizer-model", metavar="PATH", help="default: the model's own")
-    parser.add_argument("--iteration", type=int, metavar="N", help="of a run's checkpoints (newest)")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], help="(auto)")
@@ -68,7 +70,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-dir", type=Path, metavar="DIR", help="new folder for scores and all answers")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     parser.add_argument("--parent-process", type=int, help=argparse.SUPPRESS)  # of training, which starts this command
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.models and arguments.load is None:
+        parser.error("MODEL or --load must be given, got neither")
+    if arguments.iterations is not None and arguments.load is None:
+        parser.error(f"--iterations must come with --load, got --iterations {arguments.iterations} alone")
+    return arguments
 
 
 def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
@@ -113,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with importing():
         from megatron_hammer.evaluation.benchmarks import reports, run
         from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
-        from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind
+        from megatron_hammer.evaluation.scorers.named_models import list_models
+        from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
         from megatron_hammer.platforms.select import select_platform
     if arguments.check:
-        run.load_all_tasks(suite)
-        run.read_domains(suite)
+        run.read_questions(suite)
         return
     options = ScorerOptions(
         tokenizer_path=None if suite.tokenizer_model is None else Path(suite.tokenizer_model),
@@ -128,19 +135,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         precision=suite.precision,
         max_batch_tokens=suite.batch_tokens,
-        iteration=arguments.iteration,
     )
-    kinds = [find_kind(path) for path in arguments.models]
-    if arguments.iteration is not None and "megatron" not in kinds:
-        raise ConfigError(
-            f"iteration: is of a run's checkpoints, got {arguments.iteration} without one among the models. Drop it."
-        )
+    models = list_models(arguments.models, arguments.load, arguments.iterations)
     if arguments.save_dir is not None:
         require_free(arguments.save_dir)
+    questions = run.read_questions(suite)
     evaluated = []
     try:
-        for path, name in name_models(arguments.models):
-            found = run.evaluate_model(path, suite, options, name)
+        for model in models:
+            found = run.evaluate_model(model, questions, options)
             evaluated += [] if found is None else [found]
     finally:
         # Also where a later model fails: what was evaluated may have taken hours. Empty on all ranks but the first.
@@ -150,14 +153,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             reports.print_scores(evaluated, suite)
         if evaluated and arguments.save_dir is not None:
             reports.write_reports(arguments.save_dir, evaluated, suite)
-
-
-def name_models(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
-    """Each model with its name for tables, None for its own; folders of one name are called by their whole path."""
-    if repeated := [path for number, path in enumerate(paths) if path in paths[:number]]:
-        raise ConfigError(f"models: must differ, got {repeated[0]} twice. Drop one of the two.")
-    names = [path.name for path in paths]
-    return [(path, str(path) if names.count(path.name) > 1 else None) for path in paths]
 
 
 if __name__ == "__main__":

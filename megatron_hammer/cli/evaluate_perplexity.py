@@ -15,21 +15,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.errors import CheckpointError, ConfigError, HammerError, exit_on_user_error
+from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser, importing
 from megatron_hammer.files.progress import show_stages
 from megatron_hammer.files.tables import build_table, open_console, print_json
 
 with importing():
-    from megatron_hammer.checkpoint_files.iterations import list_iterations
-    from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
     from megatron_hammer.evaluation.perplexity.domains import (
         Domain,
         DomainOptions,
         is_pair,
         name_domains,
         read_domain,
-        split_name,
     )
     from megatron_hammer.evaluation.perplexity.measure import (
         BOS_POLICIES,
@@ -39,19 +36,11 @@ with importing():
     )
     from megatron_hammer.evaluation.perplexity.report import build_tables, describe, list_notes, write_report
     from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout, is_first_process
-    from megatron_hammer.evaluation.scorers.open_scorer import PRECISIONS, ScorerOptions, find_kind, use_scorer
+    from megatron_hammer.evaluation.scorers.named_models import NamedModel, list_models
+    from megatron_hammer.evaluation.scorers.open_scorer import PRECISIONS, ScorerOptions, use_scorer
     from megatron_hammer.evaluation.scorers.scorer import Scorer
     from megatron_hammer.platforms.select import select_platform
     from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NamedModel:
-    """name: for the tables; None: its own. iteration: None for the newest of a checkpoint."""
-
-    path: Path
-    name: str | None = None
-    iteration: int | None = None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Under torchrun only rank 0 prints and writes."""
     arguments = parse_arguments(argv)
-    models = list_models(arguments)
+    models = list_models(arguments.models, arguments.load, arguments.iterations)
     domains = read_domains(arguments) if is_first_process() else []
     options = ScorerOptions(
         tokenizer_path=arguments.tokenizer_model,
@@ -127,53 +116,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Also where a later model cannot be opened: what was measured may have taken hours.
         if results:
             print_results(results, str(references[0].path), arguments)
-
-
-def list_models(arguments: argparse.Namespace) -> list[NamedModel]:
-    """The models of the command line, then the iterations of --load; raises ConfigError for what is not there."""
-    named = list(map(split_name, arguments.models))
-    if arguments.load is not None:
-        named.append((None, str(arguments.load)))
-    # A folder that is called as another model is called by its whole path.
-    names = [name or Path(path).name for name, path in named]
-    models = [
-        NamedModel(Path(path), name or (path if names.count(Path(path).name) > 1 else None)) for name, path in named
-    ]
-    names = [model.name for model in models if model.name is not None]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"models: names must differ, got {name} twice. Pass NAME=PATH.")
-    if arguments.iterations is not None:
-        run = models.pop()
-        models += [
-            NamedModel(run.path, run.name and f"{run.name}@{iteration}", iteration)
-            for iteration in select_iterations(run.path, arguments.iterations)
-        ]
-    problems: list[str] = []
-    for model in models:  # before the first one is computed
-        try:
-            if find_kind(model.path) == "megatron":
-                open_checkpoint(model.path, iteration=model.iteration)
-        except HammerError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*problems)
-    return models
-
-
-def select_iterations(run: Path, text: str) -> list[int]:
-    """`all` or 1000,2000 as iterations that are there, each once; raises ConfigError.
-
-    all: but for empty folders, which Megatron makes before it saves.
-    """
-    present = [iteration for iteration, folder in list_iterations(run).items() if any(folder.iterdir())]
-    asked = list(map(str, present)) if text == "all" else [one.strip() for one in text.split(",")]
-    if not present or not set(asked) <= set(map(str, present)):
-        raise ConfigError(
-            f"iterations: must be all or among those of {run}, got {text}; there are "
-            f"{', '.join(map(str, present)) or 'none'}. Choose of them."
-        )
-    return list(dict.fromkeys(map(int, asked)))
 
 
 def read_domains(arguments: argparse.Namespace) -> list[Domain]:
@@ -206,7 +148,8 @@ def score_model(
         references[:] = references or [scorer.encoder]
         scorer.name = model.name or scorer.name
         with show_stages(f"{scorer.name} {{}}") as show:
-            return measure_model(scorer, domains, measure_options, reference=references[0], on_progress=show)
+            scores = measure_model(scorer, domains, measure_options, reference=references[0], on_progress=show)
+        return dataclasses.replace(scores, run=model.run)
 
     return use_scorer(model.path, dataclasses.replace(options, iteration=model.iteration), work)
 

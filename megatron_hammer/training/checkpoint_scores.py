@@ -151,8 +151,9 @@ class CheckpointScorer:
         return [step for step in (self._current, *self._waiting) if step is not None]
 
     def _start(self) -> None:
-        what = ["--check"] if self._current is None else ["--iteration", str(self._current)]
-        command = [sys.executable, "-m", COMMAND, str(self.save_dir), "--suite", str(self.suite_path), "--json", *what]
+        what = ["--check"] if self._current is None else ["--iterations", str(self._current)]
+        load = ["--load", str(self.save_dir)]
+        command = [sys.executable, "-m", COMMAND, *load, "--suite", str(self.suite_path), "--json", *what]
         self._started_at_s = time.monotonic()
         try:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)

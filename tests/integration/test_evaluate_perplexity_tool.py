@@ -13,13 +13,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
-from megatron_hammer.cli.evaluate_perplexity import list_models, main, parse_arguments
+from megatron_hammer.cli import evaluate
+from megatron_hammer.cli.evaluate_perplexity import main
+from megatron_hammer.evaluation.scorers.named_models import list_models
 from tests.helpers.scored_models import write_hf_model
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_model import toy_arguments
 from tests.helpers.toy_tokenizer import write_jsonl
 
 SEQ_LENGTH = 16
+ANIMALS = """
+task: animals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/animals.jsonl"}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{animals}}}}"
+doc_to_target: right
+metric_list: [{{metric: acc}}]
+"""
 
 
 def write_letter_tokenizer(folder: Path) -> Path:
@@ -71,6 +84,26 @@ def test_a_run_becomes_a_table_of_its_checkpoints_with_a_picture(
     assert re.search(r"run@20 +320k +1", printed.out)
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
     assert "wrote" in printed.err
+
+
+def test_a_run_becomes_a_table_of_benchmark_scores_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "animals.yaml").write_text(ANIMALS.format(folder=tmp_path))
+    (tmp_path / "animals.jsonl").write_text('{"text": "the", "animals": ["fox", "dog"], "right": 0}\n' * 3)
+    suite = tmp_path / "suite.toml"
+    suite.write_text(f'tasks = ["animals"]\ntasks_dir = "{tmp_path}/tasks"\ndomains.zh = "{folder}/lazy.jsonl"\n')
+    flags = ["--load", str(folder / "run"), "--iterations", "all", "--suite", str(suite)]
+    evaluate.main([*flags, "--save-dir", str(tmp_path / "report")])
+    rows = list(csv.DictReader((tmp_path / "report" / "scores.csv").open()))
+    assert [(row["model"], row["tokens"], row["metric"]) for row in rows] == [
+        (f"run@{step}", str(1000 * step * SEQ_LENGTH), metric)
+        for step in (10, 20)
+        for metric in ("acc", "perplexity", "bits_per_byte")
+    ]
+    assert re.search(r"run@20 +320k +\d+.00 ± 0.00 +\d+", capsys.readouterr().out)
+    assert (tmp_path / "report" / "scores.png").stat().st_size > 1000
 
 
 def test_a_document_without_a_number_is_named_and_not_averaged(
@@ -150,10 +183,8 @@ def test_every_checkpoint_is_opened_before_the_first_is_computed(
 ) -> None:
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "iter_0000030").mkdir()  # empty, as while Megatron saves
-    arguments = parse_arguments(["--load", str(run), "--iterations", "all", "--domains", "x"])
-    assert [model.iteration for model in list_models(arguments)] == [10, 20]
-    arguments.iterations, arguments.models = "20, 10,20", [str(folder / "run")]
-    assert [(model.name, model.iteration) for model in list_models(arguments)] == [
+    assert [model.iteration for model in list_models([], run, "all")] == [10, 20]
+    assert [(model.name, model.iteration) for model in list_models([str(folder / "run")], run, "20, 10,20")] == [
         (str(folder / "run"), None), (f"{run}@20", 20), (f"{run}@10", 10),
     ]  # fmt: skip
     for name in ("iter_0000015", "iter_0000025"):  # half copied

@@ -11,10 +11,11 @@ import pytest
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.errors import DataError
 from megatron_hammer.evaluation.benchmarks.offline import forbid_network
-from megatron_hammer.evaluation.benchmarks.run import Evaluated, evaluate_model, read_domains
+from megatron_hammer.evaluation.benchmarks.run import Evaluated, Questions, evaluate_model, read_domains, read_questions
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.perplexity.formula import estimate_domain
 from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, measure_model
+from megatron_hammer.evaluation.scorers.named_models import NamedModel
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
@@ -48,8 +49,9 @@ def build_suite(folder: Path, **changes: Any) -> EvaluationSuite:
     return EvaluationSuite(**{"tasks": TASKS, "data_dir": str(folder / "data"), "num_fewshot": NUM_FEWSHOT, **changes})
 
 
-def evaluate_here(folder: Path, model: str, suite: EvaluationSuite) -> Evaluated:
-    evaluated = evaluate_model(folder / model, suite, ScorerOptions(tokenizer_path=folder / "toy.model"))
+def evaluate_here(folder: Path, model: str, questions: Questions) -> Evaluated:
+    options = ScorerOptions(tokenizer_path=folder / "toy.model")
+    evaluated = evaluate_model(NamedModel(folder / model), questions, options)
     assert evaluated is not None
     return evaluated
 
@@ -71,6 +73,8 @@ def evaluate_by_lm_eval(folder: Path, suite: EvaluationSuite, **options: Any) ->
         loaded = load_tasks(
             suite.tasks, tasks_dir=None, data_dir=folder / "data", num_fewshot=num_fewshot, runs_code=False
         )
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)  # as its command does
         results = evaluate(lm=model, task_dict=loaded, bootstrap_iters=1000, **options)
         scores += collect_scores(results, loaded, num_fewshot)
         answers += [sample["resps"] for of_task in results["samples"].values() for sample in of_task]
@@ -87,8 +91,14 @@ def list_values(answers: list[list[Any]]) -> tuple[list[float], list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def of_folder(folder: Path) -> Evaluated:
-    return evaluate_here(folder, "hf", build_suite(folder))
+def questions(folder: Path) -> Questions:
+    """Read once and asked of both models, as the command does."""
+    return read_questions(build_suite(folder))
+
+
+@pytest.fixture(scope="module")
+def of_folder(folder: Path, questions: Questions) -> Evaluated:
+    return evaluate_here(folder, "hf", questions)
 
 
 def test_a_folder_scores_as_with_lm_evals_own_class(folder: Path, of_folder: Evaluated) -> None:
@@ -102,8 +112,8 @@ def test_a_folder_scores_as_with_lm_evals_own_class(folder: Path, of_folder: Eva
     assert list(of_folder.scores) == scores
 
 
-def test_a_checkpoint_scores_as_its_exported_folder(folder: Path, of_folder: Evaluated) -> None:
-    of_checkpoint = evaluate_here(folder, "megatron", build_suite(folder))
+def test_a_checkpoint_scores_as_its_exported_folder(folder: Path, questions: Questions, of_folder: Evaluated) -> None:
+    of_checkpoint = evaluate_here(folder, "megatron", questions)
     values, facts = list_values([sample["resps"] for sample in of_checkpoint.samples])
     expected_values, expected_facts = list_values([sample["resps"] for sample in of_folder.samples])
     assert values == pytest.approx(expected_values, abs=TOLERANCE)
@@ -121,7 +131,7 @@ def test_texts_of_a_suite_score_as_with_the_command_for_perplexity(folder: Path,
         return measure_model(scorer, [domain], MeasureOptions(bos="eod"), reference=scorer.encoder)
 
     for model in ("hf", "megatron"):
-        evaluated = evaluate_here(folder, model, suite)
+        evaluated = evaluate_here(folder, model, read_questions(suite))
         measured = use_scorer(folder / model, ScorerOptions(tokenizer_path=folder / "toy.model"), measure)
         assert measured is not None
         expected = estimate_domain(measured.domains[0].losses)
@@ -163,8 +173,8 @@ def test_other_weights_and_another_beginning_are_noticed(folder: Path, of_folder
     samples = [s for s in of_folder.samples if s["task"] in suite.tasks and s["num_fewshot"] == 0]
     values, _ = list_values([sample["resps"] for sample in samples])
     for evaluated in (
-        evaluate_here(tmp_path, "hf", suite),
-        evaluate_here(folder, "hf", dataclasses.replace(suite, bos="eod")),
+        evaluate_here(tmp_path, "hf", read_questions(suite)),
+        evaluate_here(folder, "hf", read_questions(dataclasses.replace(suite, bos="eod"))),
     ):
         others, _ = list_values([sample["resps"] for sample in evaluated.samples])
         differing = [a for a, b in zip(values, others, strict=True) if abs(a - b) > TOLERANCE]
@@ -178,8 +188,9 @@ def test_texts_begin_as_the_folders_tokenizer_has_them(folder: Path, tmp_path: P
     pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<s>": bos}}
     change_json(tmp_path / "hf" / "tokenizer.json", post_processor=template)
-    assert evaluate_here(tmp_path, "hf", build_suite(folder, tasks=("piqa",))).bos == "bos"
-    assert evaluate_here(folder, "hf", build_suite(folder, tasks=("piqa",))).bos == "none"
+    questions = read_questions(build_suite(folder, tasks=("piqa",)))
+    assert evaluate_here(tmp_path, "hf", questions).bos == "bos"
+    assert evaluate_here(folder, "hf", questions).bos == "none"
 
 
 @pytest.mark.parametrize("is_multiturn", [True, False])
@@ -191,7 +202,7 @@ def test_a_chat_template_is_applied_as_lm_eval_does(folder: Path, tmp_path: Path
     suite = build_suite(
         tmp_path, tasks=tasks, num_fewshot=(2,), applies_chat_template=True, has_multiturn_fewshot=is_multiturn
     )
-    evaluated = evaluate_model(tmp_path / "hf", suite, ScorerOptions())
+    evaluated = evaluate_model(NamedModel(tmp_path / "hf"), read_questions(suite), ScorerOptions())
     assert evaluated is not None
     _, answers = evaluate_by_lm_eval(tmp_path, suite, apply_chat_template=True, fewshot_as_multiturn=is_multiturn)
     values, facts = list_values([sample["resps"] for sample in evaluated.samples])
@@ -207,5 +218,5 @@ def test_no_connection_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, lambda self, address: asked.append(address))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address) or [])
-    evaluate_here(folder, "hf", build_suite(folder, num_fewshot=(0,)))
+    evaluate_here(folder, "hf", read_questions(build_suite(folder, num_fewshot=(0,))))
     assert asked == []

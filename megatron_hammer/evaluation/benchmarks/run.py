@@ -17,12 +17,14 @@ from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions,
 from megatron_hammer.evaluation.perplexity.formula import estimate_domain
 from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, measure_model
 from megatron_hammer.evaluation.scorers.megatron_ranks import is_first_process
+from megatron_hammer.evaluation.scorers.named_models import NamedModel
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 # Draws for the standard errors of metrics that are no means; means need none.
 BOOTSTRAP_DRAWS = 1000
+FEWSHOT_SEED = 1234  # lm-eval's
 NORMAL_INTERVAL = 2 * 1.96  # standard errors in an interval of 95 %
 
 
@@ -30,7 +32,7 @@ NORMAL_INTERVAL = 2 * 1.96  # standard errors in an interval of 95 %
 class Evaluated:
     """name: of the model, for tables. bos: what stood before texts: bos, eod or none. samples: of lm-eval.
 
-    num_trained_tokens: None where it is not known.
+    num_trained_tokens: None where it is not known. run: of NamedModel.
     """
 
     name: str
@@ -39,24 +41,38 @@ class Evaluated:
     num_trained_tokens: int | None
     scores: Sequence[Score]
     samples: Sequence[dict[str, Any]]
+    run: str | None = None
 
 
-def evaluate_model(
-    path: Path, suite: EvaluationSuite, options: ScorerOptions, name: str | None = None
-) -> Evaluated | None:
-    """Evaluate one model on rank 0; None on the others, which hold their part of it. name: None for its own.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """What a suite asks, read once for all models. loads: lm-eval's tasks by number of examples."""
 
-    Raises HammerError for what the user can fix: for tasks and data before the model is opened.
+    suite: EvaluationSuite
+    loads: Mapping[int, dict[str, Any]]
+    domains: Sequence[Domain]
+
+
+def read_questions(suite: EvaluationSuite) -> Questions:
+    """Raises HammerError for everything that is wrong with the tasks, their data or the texts."""
+    return Questions(
+        suite=suite, loads=load_all_tasks(suite), domains=read_domains(suite) if is_first_process() else []
+    )
+
+
+def evaluate_model(model: NamedModel, questions: Questions, options: ScorerOptions) -> Evaluated | None:
+    """Evaluate one model on rank 0; None on the others, which hold their part of it.
+
+    Raises HammerError for what the user can fix.
     """
-    loads = load_all_tasks(suite)
-    domains = read_domains(suite) if is_first_process() else []
 
     def work(scorer: Scorer) -> Evaluated:
-        scorer.name = name or scorer.name
-        evaluated = evaluate_scorer(scorer, path, suite, loads)
-        return replace(evaluated, scores=[*evaluated.scores, *score_domains(scorer, suite, domains)])
+        scorer.name = model.name or scorer.name
+        evaluated = evaluate_scorer(scorer, model.path, questions.suite, questions.loads)
+        of_texts = score_domains(scorer, questions.suite, questions.domains)
+        return replace(evaluated, scores=[*evaluated.scores, *of_texts], run=model.run)
 
-    return use_scorer(path, options, work)
+    return use_scorer(model.path, replace(options, iteration=model.iteration), work)
 
 
 def load_all_tasks(suite: EvaluationSuite) -> dict[int, dict[str, Any]]:
@@ -94,6 +110,8 @@ def evaluate_scorer(
     scores: list[Score] = []
     samples: list[dict[str, Any]] = []
     for num_fewshot, loaded in loads.items():
+        for task in loaded["tasks"].values():  # every model gets the examples that lm-eval's command draws
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
         results = evaluate(
             lm=model,
             task_dict=loaded,

@@ -137,20 +137,19 @@ def average(title: str, scores: Iterable[Score]) -> list[Score]:
     return rows
 
 
-COLUMNS = ("model", "task", "metric", "shots", "score", "± s.e.", "chance", "questions", "unanswered")
+COLUMNS = ("model", "tokens", "task", "metric", "shots", "score", "± s.e.", "chance", "questions", "unanswered")
 
 
-def list_rows(model: str, scores: Iterable[Score]) -> list[tuple[str, ...]]:
-    """The rows of the table under COLUMNS; shares in per cent."""
+def list_rows(model: str, tokens: str, scores: Iterable[Score]) -> list[tuple[str, ...]]:
+    """The rows of the table under COLUMNS; shares in per cent. tokens: how many the model was trained on."""
     return [
         (
             model,
+            tokens,
             score.task if score.num_tasks == 1 else f"{score.task} (mean of {score.num_tasks} tasks)",
             score.metric,
             str(score.num_fewshot),
-            _percent(score, score.value),
-            _percent(score, score.standard_error),
-            _percent(score, score.chance),
+            *(format_value(score.metric, value) for value in (score.value, score.standard_error, score.chance)),
             f"{score.num_questions:,}",
             "-" if score.num_unanswered is None else str(score.num_unanswered),
         )
@@ -158,8 +157,13 @@ def list_rows(model: str, scores: Iterable[Score]) -> list[tuple[str, ...]]:
     ]
 
 
-def _percent(score: Score, value: float | None) -> str:
+def format_value(metric: str, value: float | None) -> str:
+    """A score, an error or a chance of a metric; a hyphen where there is none."""
     if value is None or math.isnan(value):
         return "-"
-    is_share = score.metric.startswith(("acc", "exact_match", "pass@")) or score.metric in ("f1", "mcc")
-    return f"{100 * value:.2f}" if is_share else f"{value:.4f}"
+    return f"{100 * value:.2f}" if is_share(metric) else f"{value:.4f}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether its values are from 0 to 1, and shown in per cent."""
+    return metric.startswith(("acc", "exact_match", "pass@")) or metric in ("f1", "mcc")

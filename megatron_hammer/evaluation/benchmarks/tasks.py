@@ -118,7 +118,6 @@ def require_questions(tasks: Mapping[str, Any], limit: int | None) -> None:
             problems.append(
                 f"task {name}: question {number} must fit the task, got {_describe(error)}. Correct the data."
             )
-        task.set_fewshot_seed(seed=1234)  # the trial drew examples
     if problems:
         raise DataError(*problems)
 

@@ -10,6 +10,7 @@ from megatron_hammer.data.indexed.manifest import read_manifest
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.inspect.document_text import read_document_ids, require_same_tokenizer
 from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.evaluation.scorers.named_models import split_name
 from megatron_hammer.tokenizer.encoding.encoder import Encoder
 
 
@@ -33,12 +34,6 @@ class DomainOptions:
     max_characters: int | None = None
     max_documents: int | None = None
     pair_encoder: Encoder | None = None
-
-
-def split_name(text: str) -> tuple[str | None, str]:
-    """NAME and PATH of NAME=PATH; a path that exists as it is written has no name, even with = in it."""
-    name, separator, path = text.partition("=")
-    return (None, text) if not separator or Path(text).exists() else (name, path)
 
 
 def name_domains(texts: Sequence[str], *, flag: str) -> list[tuple[str, str]]:

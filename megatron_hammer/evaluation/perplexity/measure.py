@@ -44,7 +44,7 @@ class DomainScores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelScores:
-    """One row of the tables. prefix: which token stands before each document: BOS, EOD or none."""
+    """One row of the tables. prefix: which token stands before each document: BOS, EOD or none. run: of NamedModel."""
 
     name: str
     num_trained_tokens: int | None
@@ -54,6 +54,7 @@ class ModelScores:
     stride: int
     domains: tuple[DomainScores, ...]
     notes: tuple[str, ...]
+    run: str | None = None
 
 
 def choose_prefix(encoder: Encoder, policy: str) -> tuple[str, int | None]:

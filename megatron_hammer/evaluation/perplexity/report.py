@@ -1,6 +1,5 @@
 """Perplexity tables as Markdown, CSV, JSON and a picture, and the notes that belong to them."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,20 @@ import orjson
 
 from megatron_hammer.evaluation.perplexity.formula import Estimate, estimate_average, estimate_domain
 from megatron_hammer.evaluation.perplexity.measure import DomainScores, ModelScores
+from megatron_hammer.evaluation.token_plot import (
+    PANEL_INCHES,
+    Curve,
+    Panel,
+    Point,
+    draw_panels,
+    format_tokens,
+    save_png,
+)
 from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import format_markdown_table
 from megatron_hammer.files.typed import replace_non_finite
 
-PLOT_DOTS_PER_INCH = 120
 CSV_COLUMNS = (
     *("model", "trained_tokens", "domain", "perplexity", "perplexity_low", "perplexity_high", "bits_per_byte"),
     *("bits_per_byte_low", "bits_per_byte_high", "nats", "documents", "bytes", "tokens", "reference_tokens", "prefix"),
@@ -102,45 +109,41 @@ def describe(models: Sequence[ModelScores], reference: str) -> dict[str, Any]:
 
 
 def draw(models: Sequence[ModelScores]) -> bytes:
-    """A PNG: perplexity against trained tokens where two models or more know theirs, else bits per byte as bars."""
+    """A PNG: perplexity against trained tokens for a run with two checkpoints or more, else bits per byte as bars."""
+    series = [model for model in models if model.run is not None and model.num_trained_tokens]
+    return _draw_series(series, models) if len(series) > 1 else _draw_bars(models)
+
+
+def _draw_series(series: Sequence[ModelScores], models: Sequence[ModelScores]) -> bytes:
+    curves, levels = [], {}
+    for number, domain in enumerate(series[0].domains):
+        points = []
+        for model in series:
+            one = estimate_domain(model.domains[number].losses).perplexity
+            points.append(Point(model.num_trained_tokens or 0, one.value, one.low, one.high))
+        curves.append(Curve(label=domain.name, points=points))
+        for model in models:
+            if model not in series:
+                value = estimate_domain(model.domains[number].losses).perplexity.value
+                levels[f"{domain.name}, {model.name}"] = value
+    return draw_panels([Panel(unit="perplexity", curves=curves, levels=levels, is_logarithmic=True)])
+
+
+def _draw_bars(models: Sequence[ModelScores]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
     axes = figure.subplots()
-    series = sorted(
-        (model for model in models if model.num_trained_tokens), key=lambda one: one.num_trained_tokens or 0
-    )
-    if len(series) > 1:
-        tokens = [model.num_trained_tokens or 0 for model in series]
-        for number, domain in enumerate(series[0].domains):
-            estimates = [estimate_domain(model.domains[number].losses).perplexity for model in series]
-            axes.plot(tokens, [one.value for one in estimates], marker="o", label=domain.name)
-            axes.fill_between(tokens, [one.low for one in estimates], [one.high for one in estimates], alpha=0.2)
-        axes.set(xlabel="trained tokens", ylabel="perplexity", yscale="log")
-        axes.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
-    else:
-        places = np.arange(len(models[0].domains))
-        width = 0.8 / len(models)
-        for number, model in enumerate(models):
-            estimates = [estimate_domain(domain.losses).bits_per_byte for domain in model.domains]
-            errors = [[one.value - one.low for one in estimates], [one.high - one.value for one in estimates]]
-            axes.bar(places + number * width, [one.value for one in estimates], width, yerr=errors, label=model.name)
-        axes.set_xticks(places + 0.4 - width / 2, [domain.name for domain in models[0].domains])
-        axes.set_ylabel("bits per byte")
+    places = np.arange(len(models[0].domains))
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        estimates = [estimate_domain(domain.losses).bits_per_byte for domain in model.domains]
+        errors = [[one.value - one.low for one in estimates], [one.high - one.value for one in estimates]]
+        axes.bar(places + number * width, [one.value for one in estimates], width, yerr=errors, label=model.name)
+    axes.set_xticks(places + 0.4 - width / 2, [domain.name for domain in models[0].domains])
+    axes.set_ylabel("bits per byte")
     axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=PLOT_DOTS_PER_INCH, metadata={"Software": None})
-    return content.getvalue()
-
-
-def format_tokens(num_tokens: int | None) -> str:
-    """50B, 1.3M or 820; a hyphen where it is not known."""
-    if num_tokens is None:
-        return "-"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if num_tokens >= size:
-            return f"{num_tokens / size:.4g}{unit}"
-    return str(num_tokens)
+    return save_png(figure)
 
 
 def _list_rows(models: Sequence[ModelScores]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.cli.evaluate import build_suite, main, name_models, parse_arguments
+from megatron_hammer.cli.evaluate import build_suite, main, parse_arguments
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.errors import ConfigError
 
@@ -34,18 +34,12 @@ def test_what_is_wrong_is_named(flags: tuple[str, ...], message: str) -> None:
         read(*flags)
 
 
-def test_models_of_one_name_are_told_apart() -> None:
-    paths = [Path("a/hf"), Path("b/hf"), Path("c")]
-    assert name_models(paths) == [(paths[0], "a/hf"), (paths[1], "b/hf"), (paths[2], None)]
-    with pytest.raises(ConfigError, match="models: must differ, got c twice"):
-        name_models([*paths, Path("c")])
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("{folder}/none",), "none: model must be"),
-        (("--iteration", "5"), "iteration: is of a run's checkpoints, got 5"),
+        (("--iterations", "5"), "--iterations must come with --load, got --iterations 5 alone"),
+        (("--load", "{folder}", "--iterations", "5"), "iterations: must be all or among those of"),
         (("--save-dir", "{folder}"), "target must be absent or an empty folder"),
     ],
 )

@@ -24,7 +24,7 @@ from megatron_hammer.training.checkpoint_scores import (
 PROGRAM = """
 import json, os, pathlib, sys, time
 here, words = pathlib.Path(__file__).parent, sys.argv[1:]
-step = int(words[words.index("--iteration") + 1]) if "--iteration" in words else None
+step = int(words[words.index("--iterations") + 1]) if "--iterations" in words else None
 with open(here / "asked", "a") as file:
     file.write(json.dumps([step, "RANK" in os.environ]) + "\\n")
 while (here / "wait").exists() or (here / f"hang-{step}").exists():

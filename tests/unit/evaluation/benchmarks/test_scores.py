@@ -58,10 +58,10 @@ def test_an_average_has_equal_weights_and_the_error_of_independent_tasks() -> No
 
 
 def test_the_table_is_in_per_cent() -> None:
-    (row,) = list_rows("m", [build_score("a", 0.23481, 1346, error=0.0115)])
+    (row,) = list_rows("m", "1.3M", [build_score("a", 0.23481, 1346, error=0.0115)])
     assert dict(zip(COLUMNS, row, strict=True)) == {
-        "model": "m", "task": "a", "metric": "acc", "shots": "5", "score": "23.48", "± s.e.": "1.15",
+        "model": "m", "tokens": "1.3M", "task": "a", "metric": "acc", "shots": "5", "score": "23.48", "± s.e.": "1.15",
         "chance": "25.00", "questions": "1,346", "unanswered": "-",
     }  # fmt: skip
-    (lost,) = list_rows("m", [build_score("a", math.nan, 2, error=None)])
-    assert lost[4:6] == ("-", "-")
+    (lost,) = list_rows("m", "-", [build_score("a", math.nan, 2, error=None)])
+    assert lost[5:7] == ("-", "-")
