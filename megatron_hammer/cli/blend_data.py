@@ -25,6 +25,7 @@ from megatron_hammer.data.blending import (
     cap_weights,
     encode_data_args,
     find_warnings,
+    is_blend_file,
     list_data_path,
     preview_blend,
     read_sources,
@@ -35,7 +36,7 @@ from megatron_hammer.data.blending import (
 from megatron_hammer.data.order.order import normalize_weights
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser, parse_new_name
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_files, require_places
 from megatron_hammer.files.tables import build_table, open_console, print_json
 
 # Powers of ten, as papers count tokens: 20B is 20 x 10^9.
@@ -85,13 +86,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=parse_new_name, help="write the blend to this file, for --data-args-path")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    of_budget = dict.fromkeys(("seq_length", "max_epochs", "cap_epochs"), "train_tokens or train_iters")
+    parser.refuse_idle(argv, of_budget | {"global_batch_size": "train_iters"})
+    return arguments
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Prints a --data-path line; warnings go to stderr and do not change the exit code."""
     arguments = parse_arguments(argv)
+    require_places((arguments.output, is_blend_file))
     budget = read_budget(arguments)
     sources = read_sources(arguments.sources, arguments.split)
     # Rounded before the preview: it must describe the weights as they are printed and written.
@@ -133,9 +138,6 @@ def read_budget(arguments: argparse.Namespace) -> Budget | None:
         # Rounded up: the run must draw at least the tokens that were asked for.
         num_samples = -(-arguments.train_tokens // arguments.seq_length)
         return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
-    # A flag without effect would let the user believe that epochs are capped.
-    if arguments.cap_epochs:
-        raise ConfigError("cap-epochs: needs the length of the run, got none. Pass --train-tokens or --train-iters.")
     return None
 
 

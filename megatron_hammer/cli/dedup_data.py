@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     near.add_argument("--seed", type=int, default=defaults.seed, help="random seed of the permutations (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
+    parser.refuse_idle(argv, dict.fromkeys(("threshold", "ngram", "num_permutations", "seed"), "near_duplicates"))
     if arguments.workers < 1:
         parser.error(f"--workers must be at least 1, got {arguments.workers}")
     return arguments

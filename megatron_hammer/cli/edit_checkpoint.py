@@ -178,6 +178,11 @@ def parse_numbers(text: str) -> list[float]:
 
 def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
     """Resize as the flags say; returns the last line."""
+    if arguments.old_tokenizer_model and not arguments.tokenizer_model:
+        raise ConfigError(
+            f"old-tokenizer-model: is compared with --tokenizer-model, got {arguments.old_tokenizer_model} alone. "
+            "Pass the new tokenizer, or drop this."
+        )
     vocabulary = NewVocabulary(
         vocab_size=arguments.vocab_size,
         old_tokenizer_path=arguments.old_tokenizer_model,

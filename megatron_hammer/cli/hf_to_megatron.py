@@ -50,7 +50,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import in --save")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.no_tokenizer and arguments.tokenizer_model:
+        parser.error("--no-tokenizer copies none, got --tokenizer-model too")
+    return arguments
 
 
 @exit_on_interrupt("nothing was written")

@@ -22,7 +22,12 @@ from megatron_hammer.data.inspect.document_text import (
     require_same_tokenizer,
     search_documents,
 )
-from megatron_hammer.data.inspect.length_histogram import build_histogram, plot_histogram, write_histogram_csv
+from megatron_hammer.data.inspect.length_histogram import (
+    CSV_HEADER,
+    build_histogram,
+    plot_histogram,
+    write_histogram_csv,
+)
 from megatron_hammer.data.inspect.statistics import inspect_pair
 from megatron_hammer.data.inspect.tables import (
     FrequentToken,
@@ -36,6 +41,7 @@ from megatron_hammer.data.inspect.verify_pair import VerifiedPair, verify_pair
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_progress
+from megatron_hammer.files.publish import PNG_MAGIC, begins_with, require_places
 from megatron_hammer.files.tables import print_json
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
@@ -59,7 +65,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", metavar="TEXT", help="list the documents that contain TEXT, and nothing else")
     parser.add_argument("--max-matches", type=int, default=20, help="stop the search after this many (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    parser.refuse_idle(argv, {"seed": "samples", "max_matches": "search"})
+    return arguments
 
 
 @exit_on_user_error
@@ -106,10 +114,18 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
     for flag in ("plot", "csv", "document"):
         if len(arguments.prefixes) > 1 and getattr(arguments, flag) is not None:
             problems.append(f"{flag}: must be of one pair, got {len(arguments.prefixes)}. Pass one prefix.")
+        # Both print documents and nothing else, so no histogram would be written.
+        if flag != "document" and getattr(arguments, flag) is not None:
+            problems += [
+                f"{flag}: cannot be combined with --{other}, got both. Drop one of them."
+                for other in ("document", "search")
+                if getattr(arguments, other) is not None
+            ]
     if arguments.plot is not None and arguments.plot.suffix != ".png":
         problems.append(f"plot: file name must end with .png, got {arguments.plot}. Rename it.")
     if problems:
         raise ConfigError(*problems)
+    require_places((arguments.plot, begins_with(PNG_MAGIC)), (arguments.csv, begins_with(CSV_HEADER)))
 
 
 def verify_pairs(arguments: argparse.Namespace, encoder: Encoder | None) -> dict[str, VerifiedPair]:

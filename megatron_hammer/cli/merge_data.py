@@ -33,9 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help=f"random seed of --shuffle ({DEFAULT_SEED})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
-    # The flag has no default, so that a seed that would have no effect is noticed.
-    if arguments.seed is not None and not arguments.shuffle:
-        parser.error(f"--seed needs --shuffle, got seed={arguments.seed} alone")
+    parser.refuse_idle(argv, {"seed": "shuffle"})
     if arguments.shuffle and arguments.seed is None:
         arguments.seed = DEFAULT_SEED
     # numpy's generators refuse a negative seed, with a message that does not name the flag.

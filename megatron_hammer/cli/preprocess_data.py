@@ -61,6 +61,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     megatron_lm_flags.add_flags(parser)
     arguments = parser.parse_args(argv)
+    parser.refuse_idle(argv, {"seed": "shuffle", "lang": "split_sentences", "keep_newlines": "split_sentences"})
+    if arguments.shuffle and arguments.keep_sequential_samples:
+        parser.error("--keep-sequential-samples keeps the order of documents, got --shuffle too")
     if arguments.workers < 1 or arguments.max_errors < 0:
         parser.error(
             f"--workers must be at least 1 and --max-errors at least 0, "

@@ -14,6 +14,7 @@ from megatron_hammer.corpus.readers import Document, read_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_byte_progress
+from megatron_hammer.files.publish import PNG_MAGIC, begins_with, require_places
 from megatron_hammer.files.tables import open_console, print_json
 from megatron_hammer.tokenizer.analysis import analysis_files, analysis_report, analyze
 from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
@@ -44,7 +45,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="write one row per tokenizer to this file")
     parser.add_argument("--plot", type=Path, help="draw the comparison into this PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    parser.refuse_idle(argv, {"seed": "max_bytes", "max_bytes": "input", "json_keys": "input"})
+    return arguments
 
 
 @exit_on_user_error
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(
             f"--max-bytes: must be positive, got {arguments.max_bytes}. Leave it out for all of the text."
         )
+    require_places((arguments.plot, begins_with(PNG_MAGIC)), (arguments.csv, begins_with(analysis_files.CSV_BEGIN)))
     named_paths = [analyze.parse_named_tokenizer(text) for text in arguments.tokenizers]
     encoders = analyze.load_named_tokenizers(named_paths, arguments.reference)
     levels = read_character_levels(arguments.charset) if arguments.charset else None

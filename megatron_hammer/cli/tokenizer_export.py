@@ -37,6 +37,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_chat_flags(parser, default="none")
     arguments = parser.parse_args(argv)
+    parser.refuse_idle(argv, {"json_keys": "input"})
     if arguments.bind_token and not arguments.chat_template:
         parser.error("--bind-token must come with --chat-template, got it alone")
     return arguments

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser, parse_new_name
+from megatron_hammer.files.publish import require_places
 from megatron_hammer.files.tables import build_table, open_console, print_json
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel, is_sentencepiece_model
 from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     MergeReport,
     merge_characters,
@@ -105,6 +106,7 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
         )
     if problems:
         raise ConfigError(*problems)
+    require_places((arguments.output, is_sentencepiece_model))
 
 
 def select_symbols(arguments: argparse.Namespace, other: SentencePieceModel) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.progress import build_byte_progress, build_progress
+from megatron_hammer.files.publish import require_places
 from megatron_hammer.files.tables import print_json
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import is_sentencepiece_model
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES, TokenizerRecipe
 from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource, count_fitting_bytes, parse_sources
 from megatron_hammer.tokenizer.vocabulary.train import TrainedTokenizer, train_tokenizer
@@ -116,6 +118,7 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
     ]
     if problems:
         raise ConfigError(*problems)
+    require_places((arguments.output, is_sentencepiece_model))
 
 
 def build_recipe(arguments: argparse.Namespace) -> TokenizerRecipe:

@@ -52,8 +52,11 @@ def read_row_batches(
     try:
         # pyarrow's documentation: pre_buffer=False needs the least memory, and with a positive buffer_size a
         # column chunk is read through a buffer.
-        options = {"pre_buffer": False, "buffer_size": READ_BUFFER_BYTES, **THRIFT_LIMITS}
+        # Pages may have a checksum, which pyarrow compares on demand only.
+        checks = {"page_checksum_verification": True}
+        options = {"pre_buffer": False, "buffer_size": READ_BUFFER_BYTES, **checks, **THRIFT_LIMITS}
         with pyarrow.parquet.ParquetFile(path, **options) as file:
+            _refuse_twins(path, columns, file.schema_arrow.names)
             known = list(columns) if set(columns) <= set(file.schema_arrow.names) else None
             group_end = 0
             for group in range(file.num_row_groups):
@@ -72,6 +75,15 @@ def read_row_batches(
                         yield RowBatch(_to_stream(part), end)
     except pyarrow.ArrowException as error:
         raise _not_parquet(path, error) from error
+
+
+def _refuse_twins(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise DataError for a column of which there are two: a record has one text of each name."""
+    for column in columns:
+        if names.count(column) > 1:
+            raise DataError(
+                f"{path}: column {column} must be there once, got it {names.count(column)} times. Rename the others."
+            )
 
 
 def decode_parquet_rows(payload: bytes | bytearray) -> list[dict[str, Any]]:

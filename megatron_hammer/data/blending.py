@@ -27,6 +27,7 @@ MID_LEVEL_DATASET_SURPLUS = 0.005
 # Enough that a share of a run of 10^9 samples is right to one sample, and short enough for a command line.
 WEIGHT_DIGITS = 9
 DEFAULT_MAX_EPOCHS = 4.0
+LARGEST_BLEND_BYTES = 1 << 20  # thousands of sources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,3 +252,14 @@ def encode_data_args(weights: Sequence[str], sources: Sequence[BlendSource]) -> 
             )
     words = list_data_path(weights, sources)
     return "".join(f"{weight} {prefix}\n" for weight, prefix in zip(words[::2], words[1::2], strict=True)).encode()
+
+
+def is_blend_file(path: Path) -> bool:
+    """Whether a file is what `encode_data_args` writes, which another blend may replace."""
+    if path.stat().st_size > LARGEST_BLEND_BYTES:
+        return False
+    try:
+        sources, problems = parse_blend("output", path.read_text(encoding="utf-8").split())
+    except ValueError:  # no text
+        return False
+    return not problems and all(source.weight is not None for source in sources)

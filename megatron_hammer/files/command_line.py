@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,19 @@ class CommandParser(argparse.ArgumentParser):
         self.register("type", float, parse_finite_number)
         self.register("type", int, parse_integer)
         self.register("type", Path, parse_path)
+
+    def refuse_idle(self, argv: Sequence[str] | None, needs: Mapping[str, str]) -> None:
+        """Raise ConfigError for a flag that is typed without another one, without which it has no effect.
+
+        needs: the other one by the flag, both as attributes of the arguments; "a or b" where either will do.
+        """
+        # Without defaults: a flag that is typed with its default value counts too.
+        undecided = argparse.Namespace(**{action.dest: None for action in self._actions})
+        typed = {name: value for name, value in vars(self.parse_args(argv, undecided)).items() if value is not None}
+        for name, needed in needs.items():
+            if name in typed and typed.keys().isdisjoint(needed.split(" or ")):
+                flag, others = (f"--{words}".replace("_", "-").replace(" or ", " or --") for words in (name, needed))
+                self.error(f"{flag} needs {others}, got {name}={typed[name]} alone")
 
     def error(self, message: str) -> Any:
         raise ConfigError(f"command line: {message}. See --help.")

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RANDOM_BYTES = 8
 _RANDOM_PART = rf"\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}"
 OWN_MARK = "megatron_hammer"  # in every JSON, page and script that a command writes
+PNG_MAGIC = b"\x89PNG\r\n"
 _LOCK_PATIENCE_S = 5.0  # for the lock of a folder, which is held for moments only
 
 
@@ -112,12 +113,45 @@ def publish_results(contents: Mapping[Path, str | bytes], *, mark: str = OWN_MAR
 
 def require_results(paths: Iterable[Path], *, mark: str = OWN_MARK) -> None:
     """Raise OutputError if files are in these places of which none has the mark: something else wrote them."""
-    present = [path for path in paths if path.is_file() and path.stat().st_size]
+    present = [path for path in paths if _is_filled(path)]
     if present and not any(mark.encode() in path.read_bytes() for path in present):
-        raise OutputError(
-            f"{present[0]}: file must be an earlier result of this command to be replaced, got another file. "
-            "Choose another place, or move it away."
-        )
+        raise _not_replaced(present[0])
+
+
+def require_places(*outputs: tuple[Path | None, Callable[[Path], bool]]) -> None:
+    """Raise OutputError if a file that is no earlier result is in the place of an output, or another output is.
+
+    outputs: each path, None for one that is not asked for, with the test of a file for being such a result.
+    """
+    places: dict[str, Path] = {}
+    for path, is_result in outputs:
+        if path is None:
+            continue
+        if (other := places.setdefault(os.path.realpath(path), path)) is not path:
+            raise OutputError(f"{path}: two outputs must have two names, got {other} for both. Choose another name.")
+        if _is_filled(path) and not is_result(path):
+            raise _not_replaced(path)
+
+
+def begins_with(mark: bytes) -> Callable[[Path], bool]:
+    """The test, for `require_places`, of files that begin with these bytes."""
+
+    def test(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return file.read(len(mark)) == mark
+
+    return test
+
+
+def _is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _not_replaced(path: Path) -> OutputError:
+    return OutputError(
+        f"{path}: file must be an earlier result of this command to be replaced, got another file. "
+        "Choose another place, or move it away."
+    )
 
 
 @contextmanager

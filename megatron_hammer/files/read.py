@@ -30,10 +30,13 @@ def read_bytes(path: Path, *, raises: type[HammerError] = DataError) -> bytes:
 
 
 def read_text(path: Path, *, raises: type[HammerError] = DataError) -> str:
-    """Return a UTF-8 text, its line ends as \\n; raises `raises` if it cannot be read or is in another encoding."""
+    """Return a UTF-8 text, its line ends as \\n, without a byte order mark, which Windows' editors put before a text.
+
+    Raises `raises` if it cannot be read or is in another encoding.
+    """
     try:
         _refuse_pipe(path, raises)
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise cannot_read(path, error, raises=raises) from error
     except UnicodeDecodeError as error:

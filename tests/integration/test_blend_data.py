@@ -78,7 +78,7 @@ def test_the_printed_line_is_what_a_shell_reads(folder: Path) -> None:
         (("large", "--temperature", "0"), "error: temperature: must be positive and finite, got 0.0."),
         (("large", "--train-iters", "5"), "error: global-batch-size: must be given with --train-iters, got none."),
         (("large", "--train-iters", "5", "--train-tokens", "5"), "error: train-tokens: cannot be combined with"),
-        (("large", "--cap-epochs"), "error: cap-epochs: needs the length of the run, got none."),
+        (("large", "--cap-epochs"), "--cap-epochs needs --train-tokens or --train-iters, got cap_epochs=True alone"),
         (("large", "--train-tokens", "1B", "--cap-epochs"), "error: train-tokens: must be at most 36,000, all sources"),
         (
             ("large", "--train-tokens", "1B", "--seq-length", "9000"),
@@ -88,6 +88,11 @@ def test_the_printed_line_is_what_a_shell_reads(folder: Path) -> None:
         (("large", "--train-tokens", "0"), "must be a positive count such as 20000000, 20M or 1.5B, got 0"),
         (("large", "--train-tokens", "many"), "must be a positive count such as 20000000, 20M or 1.5B, got many"),
         (("large", "--split", "a"), "error: split: must be three shares for training, validation and test"),
+        (
+            ("large", "--max-epochs", "2"),
+            "--max-epochs needs --train-tokens or --train-iters, got max_epochs=2.0",
+        ),
+        (("large", "--output", "small.idx"), "error: small.idx: file must be an earlier result of this command"),
         (("large", "--output", "/dev/null/x"), "error: /dev/null/x: file cannot be written"),
     ],
 )

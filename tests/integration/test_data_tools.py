@@ -176,6 +176,11 @@ def test_skipped_records_are_listed(tmp_path: Path, tokenizer_path: Path) -> Non
             "See --help.",
         ),
         (("--json-keys", "a", "a"), "command line: --json-keys must be distinct, got a a. See --help."),
+        (("--seed", "7"), "command line: --seed needs --shuffle, got seed=7 alone. See --help."),
+        (
+            ("--keep-sequential-samples", "--shuffle"),
+            "command line: --keep-sequential-samples keeps the order of documents, got --shuffle too. See --help.",
+        ),
         (
             ("--shard", "4/4"),
             "shard: must be I/N with I from 0 to N - 1, got 4/4. Pass 0/4, 1/4, 2/4 and 3/4 to four runs.",

@@ -54,6 +54,10 @@ def test_duplicates_are_removed_and_reported(tmp_path: Path, corpus_path: Path) 
             "error: threshold: must lie above 0 and up to 1, got 80.0.",
         ),
         (("--input", "corpus.jsonl", "--output", "a.jsonl", "--workers", "0"), "--workers must be at least 1, got 0"),
+        (
+            ("--input", "corpus.jsonl", "--output", "a.jsonl", "--threshold", "0.8"),
+            "--threshold needs --near-duplicates, got threshold=0.8 alone",
+        ),
         (("--input", "corpus.jsonl"), "the following arguments are required: --output"),
     ],
 )

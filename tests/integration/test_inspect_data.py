@@ -122,7 +122,7 @@ def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
         ((PAIR, "--document", "0"), "error: tokenizer-model: must be given to show text (--document), got none."),
         ((PAIR, "--search", "x"), "error: tokenizer-model: must be given to show text (--search), got none."),
         ((PAIR, "--top", "-1"), "error: top: must be at least 0, got -1."),
-        ((PAIR, "--max-matches", "0"), "error: max-matches: must be at least 1, got 0."),
+        ((PAIR, "--search", "x", "--max-matches", "0"), "error: max-matches: must be at least 1, got 0."),
         ((PAIR, "--plot", "a.pdf"), "error: plot: file name must end with .png, got a.pdf."),
         ((PAIR, PAIR, "--plot", "a.png"), "error: plot: must be of one pair, got 2."),
         ((PAIR, "--tokenizer-model", "none.model"), "error: none.model: tokenizer does not exist."),
@@ -134,6 +134,8 @@ def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
             (PAIR, "--tokenizer-model", "toy.model", "--document", "6", "--search", "x"),
             "error: document: cannot be combined with --search, got both.",
         ),
+        ((PAIR, "--search", "x", "--plot", "a.png"), "error: plot: cannot be combined with --search, got both."),
+        ((PAIR, "--csv", "corpus.jsonl"), "error: corpus.jsonl: file must be an earlier result of this command"),
         ((PAIR, "--tokenizer-model", "toy.model", "--search", ""), "error: search: text must not be empty"),
     ],
 )

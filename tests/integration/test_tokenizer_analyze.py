@@ -72,6 +72,7 @@ def test_files_and_json_agree(tmp_path: Path) -> None:
         (("--input", "empty.jsonl"), "empty.jsonl: inputs must hold a document, got none (max-bytes=None). Add one,"),
         (("--input", "c.jsonl", "--max-bytes", "3"), "c.jsonl: inputs must hold a document, got none (max-bytes=3)."),
         (("--input", "absent.jsonl"), "absent.jsonl: input file does not exist. Check the path."),
+        (("--input", "c.jsonl", "--plot", "toy.model"), "toy.model: file must be an earlier result of this command"),
         (("--input", "c.jsonl", "--csv", "c.jsonl/a.csv"), "c.jsonl/a.csv: file cannot be written ("),
     ],
 )

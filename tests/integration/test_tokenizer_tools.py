@@ -134,6 +134,13 @@ def test_training_with_impossible_options_exits_2(folder: Path, arguments: tuple
     assert not (folder / "none.model").exists()
 
 
+def test_a_corpus_is_not_replaced_by_the_model_that_is_trained_on_it(folder: Path) -> None:
+    before = (folder / "en.jsonl").read_bytes()
+    code, _, stderr = run("tokenizer_train.py", "--input", "en.jsonl", "--output", "en.jsonl", cwd=folder)
+    assert (code, (folder / "en.jsonl").read_bytes()) == (2, before)
+    assert stderr.startswith("error: en.jsonl: file must be an earlier result of this command to be replaced")
+
+
 @needs_shared_data
 def test_hammerllms_tokenizer_is_merged_from_the_command_line(tmp_path: Path) -> None:
     data = SHARED_DATA / "tokenizer"

@@ -10,6 +10,8 @@ import numpy as np
 from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_files
 
+CSV_COLUMNS = ("min_tokens", "max_tokens", "documents", "tokens")
+CSV_HEADER = ",".join(CSV_COLUMNS).encode()  # by which an earlier result is known
 PLOT_BINS_PER_OCTAVE = 4
 PLOT_INCHES = (9.0, 6.5)
 PLOT_DOTS_PER_INCH = 120
@@ -48,7 +50,7 @@ def write_histogram_csv(path: Path, histogram: LengthHistogram) -> None:
     """Write a row for each bin: the least and the largest length in it, documents, tokens."""
     columns = (histogram.edges[:-1], histogram.edges[1:] - 1, histogram.num_documents, histogram.num_tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    publish_files({path: format_csv(["min_tokens", "max_tokens", "documents", "tokens"], rows)})
+    publish_files({path: format_csv(CSV_COLUMNS, rows)})
 
 
 def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:

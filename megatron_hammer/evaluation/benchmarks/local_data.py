@@ -221,9 +221,8 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    # A byte order mark would become part of the first column's name.
     # Not splitlines(), which breaks a cell at U+2028 too.
-    reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
     header = next(reader, [])
     rows = []
     for cells in reader:

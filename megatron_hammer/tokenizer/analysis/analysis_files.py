@@ -10,6 +10,7 @@ from megatron_hammer.tokenizer.analysis.analysis_report import describe_tokenize
 from megatron_hammer.tokenizer.analysis.analyze import Analysis
 from megatron_hammer.tokenizer.analysis.script import UNITS
 
+CSV_BEGIN = b"name,path,vocab_size,"  # the columns of every analysis, by which an earlier result is known
 DOTS_PER_INCH = 120
 PANEL_INCHES = (5.6, 4.2)
 

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.publish import begins_with
 from megatron_hammer.files.read import read_bytes
 
 WHITESPACE_SYMBOL = "\u2581"  # how pieces spell a space
@@ -76,6 +77,18 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
         raise DataError(
             f"{path}: file must be a SentencePiece model, got something else. Pass a .model file."
         ) from error
+
+
+def is_sentencepiece_model(path: Path) -> bool:
+    """Whether the file is such a model, which may replace an older one."""
+    # The first field of the message, so that a large file of another kind is not read.
+    if not begins_with(b"\n")(path):
+        return False
+    try:
+        read_sentencepiece_model(path)
+    except DataError:
+        return False
+    return True
 
 
 def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:

@@ -44,7 +44,7 @@ def read_user_defined_symbols(path: Path) -> tuple[str, ...]:
 
     Raises DataError if the file cannot be read, or holds no symbol.
     """
-    symbols = tuple(dict.fromkeys(line for line in read_text(path).splitlines() if line))
+    symbols = tuple(dict.fromkeys(line for line in read_text(path).split("\n") if line))
     if not symbols:
         raise DataError(f"{path}: file must hold symbols, got none. Write one a line.")
     return symbols

@@ -295,6 +295,22 @@ def test_strings_that_are_not_utf8_in_parquet_are_named(tmp_path: Path) -> None:
     assert_problem(error_of(tmp_path), f"{tmp_path}/a.parquet:2:", "text must be UTF-8", "got byte 0xff at offset 0")
 
 
+def test_a_column_of_which_there_are_two_is_refused(tmp_path: Path) -> None:
+    twins = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twins, tmp_path / "a.parquet")
+    assert error_of(tmp_path).startswith(f"{tmp_path}/a.parquet: column text must be there once, got it 2 times.")
+
+
+def test_a_flipped_bit_in_a_page_with_a_checksum_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"document {number}" for number in range(99)]})
+    pyarrow.parquet.write_table(table, path, compression="none", write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"document 50")] ^= 1
+    path.write_bytes(content)
+    assert_problem(error_of(path), f"{path}:1:", "file must be readable to its end", "CRC checksum verification failed")
+
+
 def test_bytes_in_parquet_are_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["é".encode(), b"b"]}), tmp_path / "a.parquet")
     assert read_texts(tmp_path) == ["é", "b"]

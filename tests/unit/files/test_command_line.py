@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import sys
 from pathlib import Path
@@ -79,3 +80,27 @@ def test_with_triton_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
     with importing():
         assert not gc.isenabled()
     assert gc.get_freeze_count() == num_frozen
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--seed", "7"), "--seed needs --shuffle, got seed=7 alone"),
+        (("--seed", "1"), "--seed needs --shuffle, got seed=1 alone"),  # its default value, typed
+        (("--max-epochs", "2"), "--max-epochs needs --tokens or --num-iters, got max_epochs=2 alone"),
+        (("--off",), "--off needs --shuffle, got off=False alone"),
+        (("--seed", "7", "--shuffle", "--max-epochs", "2", "--num-iters", "1", "--off"), ""),
+        ((), ""),
+    ],
+)
+def test_a_flag_needs_the_one_that_gives_it_an_effect(words: tuple[str, ...], message: str) -> None:
+    parser = CommandParser("Try.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--max-epochs", type=int, default=4)
+    parser.add_argument("--off", action="store_false")
+    parser.add_argument("--shuffle", action="store_true")
+    for flag in ("--tokens", "--num-iters"):
+        parser.add_argument(flag)
+    needs = {"seed": "shuffle", "off": "shuffle", "max_epochs": "tokens or num_iters"}
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        parser.refuse_idle(words, needs)

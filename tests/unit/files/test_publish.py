@@ -11,7 +11,15 @@ import pytest
 
 from megatron_hammer.errors import OutputError
 from megatron_hammer.files import publish
-from megatron_hammer.files.publish import publish_directory, publish_file, publish_files, publish_path, publish_results
+from megatron_hammer.files.publish import (
+    begins_with,
+    publish_directory,
+    publish_file,
+    publish_files,
+    publish_path,
+    publish_results,
+    require_places,
+)
 
 ERRORS = [KeyboardInterrupt(), ValueError(), OSError(errno.EIO, "broken")]
 PARTIAL = re.compile(r"(.+)\.[0-9a-f]{16}\.partial")
@@ -284,3 +292,21 @@ def test_results_of_another_command_stay(tmp_path: Path) -> None:
     output.write_text('{"format": "megatron_hammer.scaling.trace"}')
     publish_results({output: "new"}, mark="megatron_hammer.scaling.trace")
     assert output.read_text() == "new"
+
+
+def test_an_output_takes_the_place_of_its_own_kind_only(tmp_path: Path) -> None:
+    plot, table = tmp_path / "a.png", tmp_path / "a.csv"
+    places = ((plot, begins_with(b"\x89PNG")), (table, begins_with(b"name,")), (None, begins_with(b"")))
+    require_places(*places)
+    plot.write_bytes(b"\x89PNG...")
+    table.touch()  # an empty file holds nothing
+    require_places(*places)
+    table.write_text("name")
+    with pytest.raises(OutputError, match=r"a\.csv: file must be an earlier result of this command"):
+        require_places(*places)
+
+
+def test_two_outputs_have_two_names(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match=r"link/a: two outputs must have two names, got \S+/a for both"):
+        require_places((tmp_path / "a", begins_with(b"")), (tmp_path / "link" / "a", begins_with(b"")))

@@ -13,6 +13,8 @@ def test_bytes_and_texts_come_back(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes("größe\r\n".encode())
     assert read_bytes(tmp_path / "f") == "größe\r\n".encode()
     assert read_text(tmp_path / "f") == "größe\n"
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbf")  # only what is in front marks the byte order
+    assert read_text(tmp_path / "f") == "a\ufeff"
 
 
 @pytest.mark.parametrize("kind", [DataError, ConfigError])

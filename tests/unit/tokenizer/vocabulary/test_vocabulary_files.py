@@ -25,8 +25,8 @@ def test_characters_of_text_and_of_levels(tmp_path: Path) -> None:
 
 
 def test_symbols_are_taken_literally(tmp_path: Path) -> None:
-    (tmp_path / "symbols.txt").write_text('<SEP>\n<a,b>\n\n"q"\n<SEP>\n\\343\\200\n', encoding="utf-8")
-    assert read_user_defined_symbols(tmp_path / "symbols.txt") == ("<SEP>", "<a,b>", '"q"', "\\343\\200")
+    (tmp_path / "symbols.txt").write_text('<SEP>\n<a,b>\n\n"q"\n<SEP>\n\\343\\200\n\u2028\n', encoding="utf-8")
+    assert read_user_defined_symbols(tmp_path / "symbols.txt") == ("<SEP>", "<a,b>", '"q"', "\\343\\200", "\u2028")
     assert spell_piece("</p >") == "</p\u2581>"
 
 
