@@ -35,6 +35,7 @@ Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 # HybridEP, which send a token once to each node or NVLink domain and copy it there.
 Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep"]
 DISPATCHERS: tuple[Dispatcher, ...] = get_args(Dispatcher)
+FUSED_DISPATCHERS: tuple[Dispatcher, ...] = ("deepep", "hybridep")  # need their packages, and GPUs
 # What CUDA graphs launch instead of the host: nothing, the router of a mixture, that and attention, or the whole step.
 CudaGraphs = Literal["none", "router", "attention", "step"]
 # What "selective" recomputation repeats: Megatron's --recompute-modules.
@@ -120,7 +121,7 @@ class ExpertOptions:
     @property
     def dispatcher_type(self) -> str:
         """--moe-token-dispatcher-type. The kernels of DeepEP and HybridEP are backends of one type, "flex"."""
-        return "flex" if self.dispatcher in ("deepep", "hybridep") else self.dispatcher
+        return "flex" if self.dispatcher in FUSED_DISPATCHERS else self.dispatcher
 
 
 # Of training with natural routing and a balancing loss or bias. NVIDIA's Megatron-Bridge trains Nemotron 3 Super with

@@ -99,8 +99,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser, has_samples_per_gpu: boo
         run.add_argument("--train-tokens", metavar="TOKENS", help="budget; 15T or 15e12 (default: the recipe's)")
     run.add_argument(
         "--moe-dispatcher",
-        choices=DISPATCHERS,
-        help="how tokens reach their experts (default: alltoall; deepep and hybridep need their packages)",
+        metavar="NAME,...",
+        help=f"ways of tokens to their experts that are installed, of {', '.join(DISPATCHERS)}: each layout takes the "
+        "fastest (default: alltoall)",
     )
     run.add_argument(
         "--moe-imbalance",
@@ -153,6 +154,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
     problems: list[str] = []
     model, recipe = _select_model(arguments, read_hf_model)
     gpu, cluster = _select_machine(arguments)
+    space = _build_space(arguments, problems)
     study = Study(
         model=model,
         preset=arguments.preset,
@@ -165,7 +167,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         train_tokens=_first(_parse_tokens(arguments.train_tokens, problems), recipe and recipe.train_tokens),
         memory_limit_bytes=_count_bytes(gpu, arguments.memory_gib),
         memory_margin_ratio=arguments.memory_margin,
-        space=_build_space(arguments, problems),
+        space=space,
         num_best=arguments.top,
         mfu_convention=arguments.mfu_convention,
         usd_per_gpu_hour=_first(arguments.usd_per_gpu_hour, cluster.usd_per_gpu_hour),
@@ -173,7 +175,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         # Bytes per element: bf16 or fp32.
         gradient_bytes=2 if arguments.grad_reduce_in_bf16 else 4,
         experts=ExpertOptions(
-            dispatcher=_first(arguments.moe_dispatcher, "alltoall"),
+            dispatcher="alltoall" if space.dispatchers is None else space.dispatchers[0],
             imbalance_ratio=_first(arguments.moe_imbalance, NATURAL_IMBALANCE_RATIO),
         ),
         **_select_batch(arguments, recipe, problems),
@@ -301,6 +303,9 @@ def _build_space(arguments: argparse.Namespace, problems: list[str]) -> SearchSp
         else _parse_names("offload-modules", arguments.offload_modules, OFFLOAD_MODULES, problems),
         optimizer_offload_ratio=arguments.optimizer_offload_fraction,
         overlaps_experts=False if arguments.moe_comm_overlap == "off" else None,
+        dispatchers=None
+        if arguments.moe_dispatcher is None
+        else _parse_names("moe-dispatcher", arguments.moe_dispatcher, DISPATCHERS, problems),
     )
 
 

@@ -1,4 +1,4 @@
-"""What another dispatcher of experts would do to the layout to start from; the search takes what it is given."""
+"""What a dispatcher of experts that the user did not name would do to the layout to start from."""
 
 from dataclasses import replace
 

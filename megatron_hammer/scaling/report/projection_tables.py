@@ -124,8 +124,8 @@ def describe_expert_options(study: Study) -> str:
     """What is assumed of experts; empty for a dense model."""
     if study.model.moe is None:
         return ""
-    options = study.experts
-    return f", experts by {options.dispatcher} with {options.imbalance_ratio:g} times the mean load on the busiest rank"
+    names, ratio = " or ".join(study.dispatchers), study.experts.imbalance_ratio
+    return f", experts by {names} with {ratio:g} times the mean load on the busiest rank"
 
 
 def describe_knee(result: StudyResult) -> str:
@@ -237,6 +237,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
     """The layout to start from at each size, then the others in the order of their times."""
     columns = ("row", "tp", "cp", "pp", "vp", "ep", "dp", "micro", "batch", "recompute", "sharded", "overlap")
     figures = ("s per step", f"MFU {result.study.mfu_convention}", "GiB", "best", "tie", "copies", "caution")
+    has_choice = len(result.study.dispatchers) > 1
     groups = []
     for size in result.sizes:
         rows = []
@@ -249,7 +250,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
                     str(layout.context_parallel_size),
                     describe_stages(projection),
                     str(layout.virtual_pipeline_model_parallel_size),
-                    describe_experts(projection),
+                    describe_experts(projection) + (f" {plan.experts.dispatcher}" if has_choice else ""),
                     str(layout.data_parallel_size),
                     str(plan.micro_batch_size),
                     f"{plan.global_batch_size:,}",

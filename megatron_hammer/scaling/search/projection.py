@@ -19,6 +19,7 @@ from megatron_hammer.scaling.plan import (
     PARTS,
     PRECISIONS,
     Cluster,
+    Dispatcher,
     ExpertOptions,
     Gpu,
     Plan,
@@ -98,6 +99,11 @@ class Study:
     @property
     def is_weak(self) -> bool:
         return self.samples_per_gpu is not None
+
+    @property
+    def dispatchers(self) -> tuple[Dispatcher, ...]:
+        """Of experts: those that the search may choose from."""
+        return self.space.dispatchers or (self.experts.dispatcher,)
 
     @property
     def machine(self) -> str:

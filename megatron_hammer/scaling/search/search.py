@@ -43,6 +43,7 @@ from megatron_hammer.scaling.search.search_space import (
     can_overlap_tensor_parallel,
     has_quantized_parameters,
     is_cpu_host,
+    list_dispatchers,
     list_layouts,
     list_micro_batch_sizes,
     list_recomputations,
@@ -160,7 +161,10 @@ class Search:
             fitting = fit.choose_recompute(replace(candidate.plan, micro_batch_size=candidate.micro_batch_size))
             if fitting is not None:
                 plan, memory = fitting
-                pool.add(Projection(plan=plan, step=self._predict(plan), memory=memory))
+                # What a dispatcher needs of memory is not modelled, so all of them fit.
+                steps = [(self._predict(one), one) for one in _list_dispatched(study, plan)]
+                step, plan = min(steps, key=lambda pair: pair[0].total_s)
+                pool.add(Projection(plan=plan, step=step, memory=memory))
         return pool.list_found()
 
     def _rank(self, study: Study, found: Sequence[Projection]) -> tuple[Projection, ...]:
@@ -186,7 +190,8 @@ class Search:
                 for shard_size in list_shard_sizes(layout, sharding, study.cluster):
                     plan = replace(built, shard_size=shard_size)
                     sizes = fit.drop_too_large(plan, all_sizes)
-                    for size, bound_s in zip(sizes, self._list_bounds_s(plan, sizes), strict=True):
+                    bounds_s = self._list_bounds_s(_list_dispatched(study, plan), sizes)
+                    for size, bound_s in zip(sizes, bounds_s, strict=True):
                         yield _Candidate(bound_s, place, plan, size)
                         place += 1
 
@@ -201,24 +206,26 @@ class Search:
             self._exchanges[key] = best.context_exchange
         return replace(plan, context_exchange=self._exchanges[key])
 
-    def _list_bounds_s(self, plan: Plan, micro_batch_sizes: Sequence[int]) -> Iterator[float]:
+    def _list_bounds_s(self, plans: Sequence[Plan], micro_batch_sizes: Sequence[int]) -> Iterator[float]:
         """Lower bounds of the step time: the plan's layers for every micro-batch, and the pipeline's ideal bubble.
 
+        plans: the same one with each dispatcher, of which the fastest counts.
         A stage has num_layers / pp layers on average, and the slowest has at least as many. Filling and emptying the
         pipeline takes as long as (pp - 1) / vp micro-batches (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
         """
-        layout = plan.layout
+        plan, layout = plans[0], plans[0].layout
         pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
         layers, bubble = plan.model.num_layers / pp, (pp - 1) / vp
         per_rank = plan.global_batch_size // layout.data_parallel_size
         tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
         cut = (tp, cp, layout.expert_model_parallel_size, layout.expert_tp)
         run = (plan.model, plan.gpu, plan.cluster, plan.seq_length, plan.precision, plan.overlaps_tensor_parallel)
-        times_s = self._layer_times_s.setdefault((*run, *cut, plan.experts), {})
+        known = [(self._layer_times_s.setdefault((*run, *cut, one.experts), {}), one) for one in plans]
         for size in micro_batch_sizes:
-            if size not in times_s:
-                times_s[size] = self._predict_layer_s(replace(plan, micro_batch_size=size))
-            yield times_s[size] * layers * (per_rank // size + bubble)
+            for times_s, one in known:
+                if size not in times_s:
+                    times_s[size] = self._predict_layer_s(replace(one, micro_batch_size=size))
+            yield min(times_s[size] for times_s, _ in known) * layers * (per_rank // size + bubble)
 
     def _predict_layer_s(self, plan: Plan) -> float:
         """LAYER_PARTS of one layer and micro-batch. All plans that split a layer like this one share the result."""
@@ -331,8 +338,20 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         vocab_divisible_by=study.vocab_divisible_by,
         experts=study.experts if study.model.moe is not None else ExpertOptions(),
     )
-    overlaps_experts = study.space.overlaps_experts is not False and can_overlap_experts(plan)
-    return replace(plan, experts=replace(plan.experts, overlaps_communication=overlaps_experts))
+    return _list_dispatched(study, plan)[0]
+
+
+def _list_dispatched(study: Study, plan: Plan) -> list[Plan]:
+    """The plan with each dispatcher that the study names and its layout can use, overlapped where that is possible."""
+    if study.model.moe is None:
+        return [plan]
+    plans = []
+    for dispatcher in list_dispatchers(plan.layout, study.dispatchers):
+        own = replace(plan, experts=replace(plan.experts, dispatcher=dispatcher, overlaps_communication=False))
+        if study.space.overlaps_experts is not False and can_overlap_experts(own):
+            own = replace(own, experts=replace(own.experts, overlaps_communication=True))
+        plans.append(own)
+    return plans
 
 
 def _recompute(plan: Plan, recompute: Recomputation) -> Plan:

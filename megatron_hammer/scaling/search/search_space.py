@@ -20,7 +20,7 @@ from megatron_hammer.model.accounting import (
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.memory.options import OffloadModule, RecomputeModule
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import Cluster, Plan, Precision, Recompute, Sharding
+from megatron_hammer.scaling.plan import FUSED_DISPATCHERS, Cluster, Dispatcher, Plan, Precision, Recompute, Sharding
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest
 # Chunks of a stage, unless more are asked for. Published runs have at most 14; with dozens of chunks of one layer, the
@@ -48,6 +48,7 @@ class SearchSpace:
     offload_modules: tuple[OffloadModule, ...] = ()
     optimizer_offload_ratio: float = 0.0
     overlaps_experts: bool | None = None  # likewise the exchange of tokens with experts
+    dispatchers: tuple[Dispatcher, ...] | None = None  # of experts, all installed; None: the study's own only
 
 
 class Recomputation(NamedTuple):
@@ -178,6 +179,17 @@ def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> boo
     tp = layout.tensor_model_parallel_size
     # megatron.training.arguments.validate_args refuses the flag without sequence parallelism.
     return layout.has_sequence_parallel and tp <= cluster.nvlink_domain_size and not is_cpu_host(cluster)
+
+
+def list_dispatchers(layout: ParallelLayout, named: tuple[Dispatcher, ...]) -> tuple[Dispatcher, ...]:
+    """Those of the named ones that the layout can use.
+
+    Where every rank has all experts whole, no token travels: DeepEP refuses to start, and alltoall only permutes.
+    Source: MoEFlexTokenDispatcher of megatron.core.
+    """
+    if layout.expert_model_parallel_size * layout.expert_tp > 1:
+        return named
+    return tuple(name for name in named if name not in FUSED_DISPATCHERS) or ("alltoall",)
 
 
 def can_overlap_experts(plan: Plan) -> bool:

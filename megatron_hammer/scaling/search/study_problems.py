@@ -4,6 +4,7 @@ import math
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.scaling.plan import FUSED_DISPATCHERS
 from megatron_hammer.scaling.search.projection import DEFAULT_EXPERTS, Study, select_peak_tflops
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
@@ -44,7 +45,13 @@ def _find_routing_problems(study: Study) -> list[str]:
     ratio = study.experts.imbalance_ratio
     if not 1 <= ratio < math.inf:
         problems.append(f"moe-imbalance: must be at least 1, got {ratio:g}. Pass 1 for tokens that are spread evenly.")
-    if study.model.moe is None and study.experts != DEFAULT_EXPERTS:
+    fused = [name for name in study.dispatchers if name in FUSED_DISPATCHERS]
+    if fused and is_cpu_host(study.cluster):
+        problems.append(
+            f"moe-dispatcher: must be alltoall or allgather on CPU processes, got {', '.join(fused)}, "
+            f"cluster={study.cluster.name}. Drop it."
+        )
+    if study.model.moe is None and (study.experts != DEFAULT_EXPERTS or study.space.dispatchers is not None):
         problems.append(
             f"moe-dispatcher and moe-imbalance: need a model with experts, got {study.model.name}. Drop them."
         )

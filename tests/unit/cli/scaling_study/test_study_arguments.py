@@ -75,6 +75,16 @@ def test_a_cluster_with_a_price() -> None:
     assert parse(*LLAMA).usd_per_gpu_hour is None
 
 
+def test_dispatchers_are_those_that_are_installed() -> None:
+    moe = ("--preset", "qwen3-30b-a3b", *MACHINE)
+    assert parse(*moe).dispatchers == ("alltoall",)
+    several = parse(*moe, "--moe-dispatcher", "deepep,alltoall")
+    assert several.dispatchers == ("alltoall", "deepep")
+    assert parse(*moe, "--moe-dispatcher", "hybridep").experts.dispatcher == "hybridep"
+    with pytest.raises(ConfigError, match=r"moe-dispatcher: must be of allgather, alltoall, .* got ncclep"):
+        parse(*moe, "--moe-dispatcher", "deepep,ncclep")
+
+
 def test_a_cluster_of_another_gpu_is_said_to_be_one(capsys) -> None:
     assert parse(*LLAMA, "--cluster", "dgx-h100").machine == "h100-sxm (dgx-h100)"
     assert capsys.readouterr().err == ""

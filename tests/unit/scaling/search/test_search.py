@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -10,13 +10,13 @@ import pytest
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
+from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
-from megatron_hammer.scaling.plan import Plan, Precision
+from megatron_hammer.scaling.plan import Dispatcher, Plan, Precision
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
-from megatron_hammer.scaling.search.projection import Study, describe_plan
-from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit, _identify_family, _recompute
+from megatron_hammer.scaling.search.projection import Projection, Study, describe_plan
+from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit, _identify_family, _recompute, _tie_key
 from megatron_hammer.scaling.search.search_space import (
     Recomputation,
     SearchSpace,
@@ -120,6 +120,41 @@ def test_the_plans_with_the_performance_model_are_those_of_a_full_search() -> No
         num_best=4,
     )
     assert_nothing_faster_is_missed(study, 8, predictor)
+
+
+def test_each_layout_takes_the_fastest_dispatcher_that_is_named() -> None:
+    """The same plans as the best of one search for each dispatcher; DeepEP only where tokens travel."""
+
+    def list_found(*names: Dispatcher) -> dict[Hashable, Projection]:
+        study = build_toy_study(
+            "qwen3-30b-a3b",
+            gpu=select_gpu("h100-sxm"),
+            cluster=select_cluster("dgx-h100"),
+            memory_limit_bytes=70 * GIB,
+            global_batch_size=128,
+            num_best=500,  # all families, so that none is cut off in one search only
+            space=replace(space, dispatchers=names),
+        )
+        fit = _Fit(study, estimate_heaviest_plan_stage)
+        candidates = sorted(search._list_candidates(study, 32, 128, fit))
+        found = search._find_fastest(study, candidates, fit)
+        return {(*_tie_key(one.plan), one.plan.layout): one for one in found}
+
+    one = (1,)
+    space = SearchSpace(
+        tensor_model_parallel_sizes=one,
+        context_parallel_sizes=one,
+        virtual_pipeline_model_parallel_sizes=(1, 2),
+        micro_batch_sizes=(1, 4),
+    )
+    search = Search(predict=partial(predict_step, coefficients=load_coefficients()))
+    together, *alone = list_found("alltoall", "deepep"), list_found("alltoall"), list_found("deepep")
+    assert len(together) == len(alone[0]) == len(alone[1]) > 50
+    for key, one in together.items():
+        assert one.step.total_s == min(single[key].step.total_s for single in alone)
+    names = {(one.plan.layout.expert_model_parallel_size > 1, one.plan.experts.dispatcher) for one in together.values()}
+    assert {(False, "alltoall"), (True, "deepep")} <= names
+    assert (False, "deepep") not in names
 
 
 def test_samples_are_shared_out_before_the_sequence() -> None:

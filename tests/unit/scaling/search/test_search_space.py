@@ -18,6 +18,7 @@ from megatron_hammer.scaling.search.search_space import (
     SearchSpace,
     can_overlap_experts,
     can_overlap_tensor_parallel,
+    list_dispatchers,
     list_layouts,
     list_micro_batch_sizes,
     list_recomputations,
@@ -207,6 +208,15 @@ def test_overlap_of_tensor_parallelism_stays_inside_an_nvlink_domain() -> None:
     assert not can_overlap_tensor_parallel(layout, CPU_HOST)
     assert not can_overlap_tensor_parallel(layout, replace(CLUSTER, nvlink_domain_size=4))
     assert not can_overlap_tensor_parallel(ParallelLayout(data_parallel_size=8), CLUSTER)
+
+
+def test_a_dispatcher_with_kernels_of_its_own_needs_another_rank() -> None:
+    whole = ParallelLayout(data_parallel_size=8)
+    assert list_dispatchers(whole, ("deepep", "hybridep")) == ("alltoall",)
+    assert list_dispatchers(whole, ("allgather", "deepep")) == ("allgather",)
+    cut = replace(whole, expert_model_parallel_size=2)
+    assert list_dispatchers(cut, ("allgather", "deepep")) == ("allgather", "deepep")
+    assert list_dispatchers(replace(whole, tensor_model_parallel_size=2), ("deepep",)) == ("deepep",)
 
 
 def test_the_exchange_with_experts_overlaps_where_two_micro_batches_can_pass_at_once() -> None:

@@ -142,6 +142,18 @@ def test_a_good_study_has_no_problems() -> None:
             {"experts": ExpertOptions(dispatcher="deepep")},
             "moe-dispatcher and moe-imbalance: need a model with experts, got hammer-1b4. Drop them.",
         ),
+        (
+            {"space": SearchSpace(dispatchers=("alltoall",))},
+            "moe-dispatcher and moe-imbalance: need a model with experts, got hammer-1b4. Drop them.",
+        ),
+        (
+            {
+                "model": MOE,
+                "space": SearchSpace(dispatchers=("alltoall", "deepep")),
+                "cluster": replace(CLUSTER, name="cpus", full_speed_processes_per_node=2),
+            },
+            "moe-dispatcher: must be alltoall or allgather on CPU processes, got deepep, cluster=cpus. Drop it.",
+        ),
         ({"seq_length": 0}, "seq-length: must be at least 1, got 0. Pass tokens, as in --seq-length 4096."),
         (
             {"model": select_preset("gpt2-124m").model, "seq_length": 2048},
