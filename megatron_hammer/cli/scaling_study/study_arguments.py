@@ -154,7 +154,6 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
     problems: list[str] = []
     model, recipe = _select_model(arguments, read_hf_model)
     gpu, cluster = _select_machine(arguments)
-    space = _build_space(arguments, problems)
     study = Study(
         model=model,
         preset=arguments.preset,
@@ -167,7 +166,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         train_tokens=_first(_parse_tokens(arguments.train_tokens, problems), recipe and recipe.train_tokens),
         memory_limit_bytes=_count_bytes(gpu, arguments.memory_gib),
         memory_margin_ratio=arguments.memory_margin,
-        space=space,
+        space=(space := _build_space(arguments, problems)),
         num_best=arguments.top,
         mfu_convention=arguments.mfu_convention,
         usd_per_gpu_hour=_first(arguments.usd_per_gpu_hour, cluster.usd_per_gpu_hour),
