@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.config.evaluation_suite import EvaluationSuite, read_suite
+from megatron_hammer.config.evaluation_suite import EvaluationSuite, find_unused_fields, read_suite
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.evaluation.benchmarks.offline import forbid_network
 from megatron_hammer.files.command_line import CommandParser, importing
@@ -82,9 +82,10 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
     """The suite of the command: its file's, with the flags over it. Raises ConfigError."""
     if arguments.suite is None and arguments.tasks is None:
         raise ConfigError("tasks: must be given, got none. Pass --tasks ceval-ppl hellaswag, or --suite FILE.")
-    if arguments.fewshot_as_multiturn is not None and not arguments.apply_chat_template:
-        raise ConfigError("fewshot-as-multiturn: has no effect without --apply-chat-template. Pass both, or drop it.")
     suite = EvaluationSuite() if arguments.suite is None else read_suite(arguments.suite)
+    has_template = arguments.apply_chat_template or suite.applies_chat_template
+    if arguments.fewshot_as_multiturn is not None and not has_template:
+        raise ConfigError("fewshot-as-multiturn: has no effect without --apply-chat-template. Pass both, or drop it.")
     given: dict[str, Any] = {
         "tasks": arguments.tasks and tuple(arguments.tasks),
         "data_dir": arguments.data_dir,
@@ -106,7 +107,10 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         if any(number is not None and number < least for number in numbers):
             flag = name.replace("_", "-")
             raise ConfigError(f"{flag}: must be at least {least}, got {min(numbers)}. Correct it.")
-    return dataclasses.replace(suite, **{name: value for name, value in given.items() if value is not None})
+    suite = dataclasses.replace(suite, **{name: value for name, value in given.items() if value is not None})
+    if problems := find_unused_fields(suite):
+        raise ConfigError(*problems)
+    return suite
 
 
 @exit_on_user_error

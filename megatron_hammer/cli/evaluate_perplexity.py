@@ -77,9 +77,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("max_characters", "max_documents", "max_length", "stride", "batch_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("tensor", "pipeline"):
-        if (value := getattr(arguments, f"{name}_model_parallel_size")) < 1:
-            parser.error(f"--{name}-model-parallel-size must be at least 1, got {value}")
     if arguments.save_dir is not None and arguments.save_dir.exists() and not arguments.save_dir.is_dir():
         parser.error(f"--save-dir must be a folder, got the file {arguments.save_dir}")
     if not arguments.models and arguments.load is None:

@@ -47,6 +47,34 @@ class EvaluationSuite:
     time_limit_minutes: Annotated[int, Ge(1)] = 240
 
 
+# Fields that act on tasks or on texts alone.
+OF_TASKS = (
+    *("data_dir", "tasks_dir", "num_fewshot", "limit", "max_new_tokens", "applies_chat_template"),
+    "runs_generated_code",
+)
+OF_DOMAINS = ("json_key", "max_documents")
+
+
+def find_unused_fields(suite: EvaluationSuite) -> list[str]:
+    """A problem for each field that is set and acts on nothing that the suite asks."""
+    default = EvaluationSuite()
+    problems = []
+    for kind, things, names in (("tasks", suite.tasks, OF_TASKS), ("domains", suite.domains, OF_DOMAINS)):
+        for name in names:
+            value = getattr(suite, name)
+            if not things and value != getattr(default, name):
+                value = list(value) if isinstance(value, tuple) else value
+                problems.append(
+                    f"{name}: acts on {kind}, of which there are none, got {value}. Drop it, or add {kind}."
+                )
+    if not suite.has_multiturn_fewshot and not suite.applies_chat_template:
+        problems.append(
+            "has_multiturn_fewshot: acts on a chat template, got false without applies_chat_template. Drop it, or set "
+            "both."
+        )
+    return problems
+
+
 def read_suite(path: Path) -> EvaluationSuite:
     """Raises ConfigError with every field that is wrong."""
     remedy = "docs/evaluation.md has an example"

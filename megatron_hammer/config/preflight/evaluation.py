@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_hammer.config.evaluation_suite import read_suite
+from megatron_hammer.config.evaluation_suite import find_unused_fields, read_suite
 from megatron_hammer.config.run_plan import RunSettings
 from megatron_hammer.errors import ConfigError
 
@@ -34,7 +34,7 @@ def find_evaluation_problems(settings: RunSettings) -> list[str]:
         )
         return problems
     try:
-        read_suite(Path(suite_path))
+        problems += [f"evaluate-suite: {problem}" for problem in find_unused_fields(read_suite(Path(suite_path)))]
     except ConfigError as error:
         problems += [f"evaluate-suite: {problem}" for problem in error.problems]
     return problems

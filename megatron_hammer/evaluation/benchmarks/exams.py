@@ -15,6 +15,7 @@ from megatron_hammer.files.typed import read_toml
 OPTIONS = ["A", "B", "C", "D"]
 EXAMS = ("ceval", "cmmlu")
 STYLES = ("ppl", "gen")
+GROUPS = tuple(f"{exam}-{style}" for exam in EXAMS for style in STYLES)
 # A base model writes the next question after an empty line; a chat model's answer ends by its end-of-turn token.
 GENERATION = {"until": ["\n\n"], "max_gen_toks": 64, "do_sample": False}
 _FULL_WIDTH = str.maketrans("ＡＢＣＤ", "ABCD")

@@ -5,6 +5,7 @@ numbers; tests/numerics/test_benchmarks_vs_lm_eval.py compares them.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         has_own = has_bos_prefix(string, self.tokenizer.bos_token)
         return ids if has_own else [*first, *ids]
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        # lm-eval asks for its bar in so many words, which outweighs TQDM_DISABLE.
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
+        return found
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         # Each choice of a question is a sequence; equal ones, as few-shot prompts often have, are scored once.

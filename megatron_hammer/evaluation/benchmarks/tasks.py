@@ -71,6 +71,13 @@ def load_tasks(
             raise ConfigError(
                 f"task {culprit}: lm-eval must load it, got {_describe(error)}. Correct its file or its data."
             ) from error
+    if max_new_tokens is not None and not any(
+        task.OUTPUT_TYPE == "generate_until" for task in loaded["tasks"].values()
+    ):
+        raise ConfigError(
+            f"max-new-tokens: is for tasks that generate, got {max_new_tokens} without one. Drop it, or add such a "
+            "task."
+        )
     for task in loaded["tasks"].values():
         # As lm-eval's command does: a task that fixes 0 examples keeps them.
         if task.get_config("num_fewshot") != 0:
@@ -143,7 +150,8 @@ def find_tasks(names: Sequence[str], tasks_dir: Path | None) -> tuple[TaskManage
     _require_readable([] if tasks_dir is None else sorted(tasks_dir.rglob("*.yaml")))
     root = Path(lm_eval.tasks.__file__).parent
     manager = build_manager(tasks_dir, [root / folder for folder in USUAL_FOLDERS])
-    if not all(name in manager.task_index for name in names):  # patterns may match more in the whole index
+    # Patterns may match more in the whole index, except those that only our own names begin as.
+    if not all(name in manager.task_index or name.startswith(exams.GROUPS) for name in names):
         manager = build_manager(tasks_dir, [root / folder for folder in WHOLE_INDEX])
     return manager, select_names(manager, names)
 

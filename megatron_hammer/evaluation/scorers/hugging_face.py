@@ -30,7 +30,7 @@ class HuggingFaceScorer(Scorer):
     def __init__(
         self, folder: Path, *, device: str, precision: str, max_batch_tokens: int, encoder: Encoder | None = None
     ):
-        self.name = folder.name or str(folder)
+        self.name = folder.absolute().name
         self.encoder = load_folder_encoder(folder) if encoder is None else encoder
         self.precision, self.max_batch_tokens = precision, max_batch_tokens
         self.model = load_model(folder, DTYPES[precision]).to(device)

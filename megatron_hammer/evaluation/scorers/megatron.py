@@ -44,7 +44,7 @@ class MegatronScorer(Scorer):
         self.encoder = load_encoder(find_tokenizer(reader, tokenizer_path))
         self.num_tokens = _count_tokens(reader, self.encoder)
         require_vocabulary(self.encoder, self.num_tokens, str(reader.directory))
-        self.name = f"{path.name}@{reader.iteration}"
+        self.name = f"{path.absolute().name}@{reader.iteration}"
         self.num_trained_tokens = count_trained_tokens(reader.args)
         self.precision, self.max_batch_tokens = precision, max_batch_tokens
         self.max_length = reader.args.max_position_embeddings

@@ -103,6 +103,9 @@ def is_first_process() -> bool:
 
 def validate_layout(layout: ModelLayout) -> None:
     """Raise ConfigError if the started processes cannot hold the model at this layout."""
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if (size := getattr(layout, name)) < 1:
+            raise ConfigError(f"{name.replace('_', '-')}: must be at least 1, got {size}. Correct it.")
     world_size = read_process_place().world_size
     if world_size % layout.num_ranks:
         raise ConfigError(

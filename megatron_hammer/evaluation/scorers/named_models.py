@@ -39,9 +39,10 @@ def list_models(texts: Sequence[str], run_dir: Path | None = None, iterations: s
     if run_dir is not None:
         named.append((None, str(run_dir)))
     # A folder that is called as another model is called by its whole path.
-    names = [name or Path(path).name for name, path in named]
+    names = [name or Path(path).absolute().name for name, path in named]
     models = [
-        NamedModel(Path(path), name or (path if names.count(Path(path).name) > 1 else None)) for name, path in named
+        NamedModel(Path(path), name or (path if names.count(own) > 1 else None))
+        for own, (name, path) in zip(names, named, strict=True)
     ]
     names = [model.name for model in models if model.name is not None]
     for name in names:

@@ -98,7 +98,7 @@ def compare_models(
         rows = zip(scores.domains, chosen, chosen_by_source, strict=True)
         compared.append(
             ComparedModel(
-                name=path.name,
+                name=path.absolute().name,
                 size_bytes=open_hf_weights(path).num_bytes if path.is_dir() else path.stat().st_size,
                 domains=tuple(
                     ComparedDomain(

@@ -27,11 +27,13 @@ def test_flags_override_the_suite(tmp_path: Path) -> None:
         (("--tasks", "piqa", "--limit", "0"), r"limit: must be at least 1, got 0"),
         (("--tasks", "piqa", "--num-fewshot", "0", "-1"), r"num-fewshot: must be at least 0, got -1"),
         (("--tasks", "piqa", "--fewshot-as-multiturn"), r"fewshot-as-multiturn: has no effect without"),
+        (("--suite", "{texts}", "--limit", "3"), r"limit: acts on tasks, of which there are none, got 3"),
     ],
 )
-def test_what_is_wrong_is_named(flags: tuple[str, ...], message: str) -> None:
+def test_what_is_wrong_is_named(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    (tmp_path / "texts.toml").write_text('domains = { zh = "zh.jsonl" }')
     with pytest.raises(ConfigError, match=message):
-        read(*flags)
+        read(*(flag.format(texts=tmp_path / "texts.toml") for flag in flags))
 
 
 @pytest.mark.parametrize(

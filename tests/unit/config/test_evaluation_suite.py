@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.config.evaluation_suite import EvaluationSuite, read_suite
+from megatron_hammer.config.evaluation_suite import EvaluationSuite, find_unused_fields, read_suite
 from megatron_hammer.errors import ConfigError
 
 
@@ -34,3 +34,14 @@ def test_a_suite_is_read(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_suite(write(tmp_path, text))
+
+
+def test_fields_that_act_on_nothing_are_named() -> None:
+    assert find_unused_fields(EvaluationSuite(tasks=("piqa",), limit=3, domains={"zh": "x"}, max_documents=2)) == []
+    problems = find_unused_fields(
+        EvaluationSuite(domains={"zh": "x"}, limit=3, num_fewshot=(0, 5), has_multiturn_fewshot=False)
+    )
+    assert [problem.split(":")[0] for problem in problems] == ["num_fewshot", "limit", "has_multiturn_fewshot"]
+    assert "got [0, 5]. Drop it, or add tasks" in problems[0]
+    (problem,) = find_unused_fields(EvaluationSuite(tasks=("piqa",), max_documents=2))
+    assert problem.startswith("max_documents: acts on domains, of which there are none, got 2")

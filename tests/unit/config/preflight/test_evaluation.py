@@ -41,3 +41,6 @@ def test_the_suite_is_needed_and_read(suite: Path, tmp_path: Path) -> None:
     (problem,) = find(*TINY, *flags, "--evaluate-suite", str(suite))
     assert "evaluate-suite: " in problem
     assert "shots must be a known field" in problem
+    suite.write_text('domains = { zh = "zh.jsonl" }\nlimit = 5\n')
+    (problem,) = find(*TINY, *flags, "--evaluate-suite", str(suite))
+    assert "evaluate-suite: limit: acts on tasks" in problem

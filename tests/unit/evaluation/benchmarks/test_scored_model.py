@@ -55,6 +55,12 @@ def request(*arguments: Any) -> Any:
     return SimpleNamespace(args=arguments)
 
 
+def test_a_log_has_no_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = build()
+    model.loglikelihood([request("q", "a")])
+    assert "Tokenizing" not in capsys.readouterr().err
+
+
 def test_only_the_answer_is_scored_after_what_fits_of_its_context() -> None:
     model, scorer = build(first_id=BOS)
     assert model.loglikelihood([request("qq", "aa"), request("qq", "ab")], disable_tqdm=True) == [

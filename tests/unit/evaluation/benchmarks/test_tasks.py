@@ -62,13 +62,18 @@ def test_task_files_of_the_user_come_first(data_dir: Path, tmp_path: Path) -> No
 
 
 def test_names_are_checked(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A pattern that only our own names fit needs no other index.
+    monkeypatch.setattr("megatron_hammer.evaluation.benchmarks.tasks.WHOLE_INDEX", None)
+    assert list(load(["cmmlu-ppl_agro*"], data_dir)["tasks"]) == ["cmmlu-ppl_agronomy"]
     # lm-eval's whole index takes seconds; a part of it shows the same.
     monkeypatch.setattr("megatron_hammer.evaluation.benchmarks.tasks.WHOLE_INDEX", USUAL_FOLDERS)
     with pytest.raises(ConfigError, match=r"got helaswag. Did you mean hellaswag\?") as caught:
         load(["helaswag", "nothing"], data_dir)
     assert len(caught.value.problems) == 2
-    loaded = load(["cmmlu-ppl_agro*"], data_dir)
-    assert list(loaded["tasks"]) == ["cmmlu-ppl_agronomy"]
+    loaded = load(["pi?a"], data_dir)
+    assert list(loaded["tasks"]) == ["piqa"]
+    with pytest.raises(ConfigError, match="max-new-tokens: is for tasks that generate, got 5 without one"):
+        load(["piqa"], data_dir, max_new_tokens=5)
     (tmp_path / "group.yaml").write_text("group: mine\ntask: [piqa]\n")
     with pytest.raises(ConfigError, match="must name each task once"):
         load(["mine", "piqa"], data_dir, tasks_dir=tmp_path)

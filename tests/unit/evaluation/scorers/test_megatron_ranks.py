@@ -17,3 +17,9 @@ def test_the_processes_must_be_a_multiple_of_the_layout(
     else:
         with pytest.raises(ConfigError, match=r"must divide the number of processes, got 1 x 3 with 2.*per-node 3"):
             validate_layout(layout)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_layout_has_at_least_one_rank(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"pipeline-model-parallel-size: must be at least 1, got {size}"):
+        validate_layout(ModelLayout(pipeline_model_parallel_size=size))

@@ -34,3 +34,10 @@ def test_everything_that_is_not_there_is_named_at_once(folders: list[Path]) -> N
 def test_a_path_may_have_an_equals_sign(folders: list[Path]) -> None:
     assert split_name(str(folders[2])) == (None, str(folders[2]))
     assert split_name("x=y=z") == ("x", "y=z")
+
+
+def test_a_folder_is_called_by_its_name_wherever_the_command_runs(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders[0])
+    assert [model.name for model in list_models([".", str(folders[1])])] == [".", str(folders[1])]
