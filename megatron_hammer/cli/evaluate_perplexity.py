@@ -50,7 +50,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, help="folder of a training run: one row for each of --iterations")
     parser.add_argument("--iterations", help="of --load: all, or numbers such as 1000,2000 (the newest)")
     parser.add_argument("--domains", nargs="+", required=True, metavar="[NAME=]INPUT", help="one input per domain")
-    parser.add_argument("--json-key", default="text", help="field or column that holds the text (%(default)s)")
+    parser.add_argument(
+        "--json-keys", default="text", metavar="KEY", help="field or column that holds the text (%(default)s)"
+    )
     parser.add_argument("--data-tokenizer", type=Path, help="tokenizer of the .bin/.idx pairs among the domains")
     parser.add_argument("--tokenizer-model", type=Path, help="tokenizer for every model (each model's own)")
     parser.add_argument(
@@ -124,7 +126,7 @@ def read_domains(arguments: argparse.Namespace) -> list[Domain]:
             "Drop it, or pass the prefix of a pair."
         )
     options = DomainOptions(
-        json_key=arguments.json_key,
+        json_key=arguments.json_keys,
         max_characters=arguments.max_characters,
         max_documents=arguments.max_documents,
         pair_encoder=None if arguments.data_tokenizer is None else load_encoder(arguments.data_tokenizer),

@@ -59,7 +59,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="documents like the model's training data, as preprocess_data.py reads them; each PATH gives an equal "
         "share of the samples",
     )
-    parser.add_argument("--text-key", default="text", help="field of the documents that holds the text (%(default)s)")
+    parser.add_argument(
+        "--json-keys", default="text", metavar="KEY", help="field of the documents that holds the text (%(default)s)"
+    )
     parser.add_argument("--num-samples", type=int, default=128, help="calibration samples (%(default)s)")
     parser.add_argument(
         "--seq-length", type=int, help="tokens per sample (default: 2048, or the model's positions if fewer)"
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=arguments.seed,
             device=arguments.device,
         ),
-        text_key=arguments.text_key,
+        text_key=arguments.json_keys,
         num_samples=arguments.num_samples,
         seq_length=arguments.seq_length,
         overwrite=arguments.overwrite,
@@ -152,7 +154,7 @@ def read_domains(arguments: argparse.Namespace) -> list[Domain]:
         raise ConfigError(
             *(f"compare: {path} must be a Hugging Face folder or a GGUF file, got another folder." for path in wrong)
         )
-    options = DomainOptions(json_key=arguments.text_key, max_documents=arguments.max_documents)
+    options = DomainOptions(json_key=arguments.json_keys, max_documents=arguments.max_documents)
     return [read_domain(name, source, options) for name, source in name_domains(arguments.evaluate, flag="evaluate")]
 
 

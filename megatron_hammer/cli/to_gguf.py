@@ -51,7 +51,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="documents that both tokenizers must encode identically: files or folders",
     )
-    parser.add_argument("--text-key", default="text", help="field of --corpus that holds the text (%(default)s)")
+    parser.add_argument(
+        "--json-keys", default="text", metavar="KEY", help="field of --corpus that holds the text (%(default)s)"
+    )
     parser.add_argument(
         "--no-verify",
         action="store_true",
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name=arguments.name,
         is_verified=not arguments.no_verify,
         corpus=tuple(arguments.corpus),
-        text_key=arguments.text_key,
+        text_key=arguments.json_keys,
         find_chat=functools.partial(find_chat_format, source=None, bindings=()),
         overwrite=arguments.overwrite,
     )

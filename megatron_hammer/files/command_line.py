@@ -39,11 +39,23 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
+class _Store(argparse.Action):
+    """argparse's own, except that of `--input a --input b` it would keep b alone."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        if self.option_strings and self.nargs in ("+", "*") and before is not self.default:
+            values = [*before, *values]
+        setattr(namespace, self.dest, values)
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse that raises ConfigError with one line, where argparse prints the whole usage and exits.
 
     Values of `type=float` must be finite, those of `type=int` fit in 64 bits and those of `type=Path` not be empty,
-    without a word at each flag.
+    without a word at each flag. A flag that takes a list and is given again adds to it.
     """
 
     def __init__(self, description: str | None = None, **options: Any):
@@ -51,6 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, **options)
         self._negative_number_matcher = NEGATIVE_NUMBER
+        self.register("action", None, _Store)
         self.register("type", float, parse_finite_number)
         self.register("type", int, parse_integer)
         self.register("type", Path, parse_path)

@@ -143,6 +143,7 @@ def test_a_document_without_a_number_is_named_and_not_averaged(
          "ids must be below the 53 tokens"),
         (["--models", "{folder}/run", "--pipeline-model-parallel-size", "2", "--domains", "{folder}/lazy.jsonl"],
          "got 1 x 2 with 1. Start the command with torchrun --nproc-per-node 2"),
+        (["--models", "{folder}/hf", "--domains", "{folder}/lazy.jsonl", "--json-keys", "no"], "Pass --json-keys text"),
         (["--models", "{folder}/hf", "--stride", "81", "--domains", "{folder}/lazy.jsonl"], "got stride=81"),
         (["--models", "{folder}/hf", "--stride", "0", "--domains", "{folder}/lazy.jsonl"], "must be at least 1, got 0"),
         (["--models", "{folder}/hf", "--data-tokenizer", "{folder}/hf", "--domains", "{folder}/lazy.jsonl"],

@@ -29,7 +29,7 @@ def source(tmp_path_factory) -> Path:
 def test_a_hugging_face_folder_becomes_one_proved_file(tmp_path, source):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"body": "春眠不觉晓 the quick brown fox"}) + "\n")
     target = tmp_path / "new" / "model.gguf"
-    corpus = ("--corpus", tmp_path / "texts.jsonl", "--text-key", "body")
+    corpus = ("--corpus", tmp_path / "texts.jsonl", "--json-keys", "body")
     result = run_tool(TOOL, "--load", source, "--save", target, *corpus)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]

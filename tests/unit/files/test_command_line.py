@@ -60,6 +60,16 @@ def test_no_path_is_not_the_current_folder(flag: str) -> None:
         parse(f"{flag}=")
 
 
+def test_a_list_that_is_given_again_is_longer() -> None:
+    parser = CommandParser()
+    parser.add_argument("--input", nargs="+", default=["usual"])
+    parser.add_argument("--size", type=int, default=1)
+    assert parser.parse_args([]).input == ["usual"]
+    found = parser.parse_args(["--input", "a", "b", "--size", "2", "--input", "c", "--size", "3"])
+    assert (found.input, found.size) == (["a", "b", "c"], 3)
+    assert parser.parse_args(["--input", "d"]).input == ["d"], "nothing is left of the call before"
+
+
 def test_what_is_imported_is_left_out_of_the_search_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "triton", raising=False)  # another test may have imported it
     num_frozen = gc.get_freeze_count()
