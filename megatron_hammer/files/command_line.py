@@ -45,7 +45,7 @@ class _Store(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        before = getattr(namespace, self.dest, None)
+        before: Any = getattr(namespace, self.dest, None)
         if self.option_strings and self.nargs in ("+", "*") and before is not self.default:
             values = [*before, *values]
         setattr(namespace, self.dest, values)

@@ -26,6 +26,8 @@ ROLES = {
 }
 ROLE_BY_NAME = {name: role for role, names in ROLES.items() for name in names}
 TURN_KEYS = ("messages", "conversations", "conversation")
+# By which OpenAI, ms-swift, axolotl and torchtune keep an answer from being learned, and what they are where it is.
+WEIGHTS = {"weight": 1, "loss": True, "train": True, "training": True, "trainable": True, "masked": False}
 SYSTEM_KEYS = ("system", "system_prompt")
 # Of one question and one answer; the first three are also those of tiny-llm-zh, Open-Llama and Firefly.
 PAIRS = (
@@ -237,8 +239,10 @@ def _read_turn(turn: Any, number: int) -> Message:
     name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(name, str) or name not in ROLE_BY_NAME:
         raise _bad(f"turn {number} must have one of the roles {', '.join(ROLE_BY_NAME)}, got {name!r}")
-    if turn.get("weight", 1) != 1:
-        raise _bad(f"turn {number} must have weight 1, got {turn['weight']}: every answer is learned", "Leave it out")
+    is_answer = ROLE_BY_NAME[name] == "assistant"
+    if unlearned := [key for key, value in WEIGHTS.items() if is_answer and turn.get(key) not in (None, value)]:
+        fact = f"turn {number} must have {unlearned[0]} {json.dumps(WEIGHTS[unlearned[0]])}"
+        raise _bad(f"{fact}, got {turn[unlearned[0]]}: every answer is learned", "Leave it out")
     message: Message = {"role": ROLE_BY_NAME[name], "content": _read_content(content, number)}
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
     calls = calls or ([_parse(content, dict, number)] if name == "function_call" else [])
@@ -248,7 +252,7 @@ def _read_turn(turn: Any, number: int) -> Message:
         message["tool_calls"] = [_read_call(call, number) for call in calls]
         message["content"] = "" if name == "function_call" else message["content"]
     # What else templates may read, such as reasoning_content and the name of a tool.
-    known = ("role", "from", "content", "value", "tool_calls", "function_call", "weight")
+    known = ("role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS)
     return message | {key: value for key, value in turn.items() if key not in known and value is not None}
 
 
@@ -271,6 +275,7 @@ def _read_call(call: Any, number: int) -> Message:
         arguments = _parse(arguments, dict, number)
     if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
         raise _bad(f"turn {number} must call a tool by name and arguments, got {str(call)[:60]}")
+    _require_finite(arguments, f"the call of turn {number}")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -280,6 +285,7 @@ def _read_tools(fields: Fields) -> list[Message] | None:
         tools = _parse(tools, list, None)
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _bad(f'field "tools" must be a list of schemas, got {name_of_type(tools)}')
+    _require_finite(tools, 'field "tools"')
     return tools or None
 
 
@@ -357,6 +363,16 @@ def _parse(text: Any, kind: type, number: int | None) -> Any:
     if not isinstance(value, kind):
         raise _bad(f"{where} must be {name_of_type(kind())}, got {name_of_type(value)}")
     return value
+
+
+def _require_finite(value: Any, where: str) -> None:
+    """Python's parser reads NaN and 1e999, which a template would write as NaN and Infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise _bad(f"{where} must have finite numbers, got NaN or Infinity") from error
+    except RecursionError as error:
+        raise _bad(f"{where} must be nested less deeply, got too many levels") from error
 
 
 def _bad(fact: str, remedy: str = "") -> ConversationError:

@@ -166,6 +166,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"question": 1, "answer": "a"}, r'field "question" must be a string, got a number'),
     "a missing output": ({"instruction": "a", "output": None}, r'field "output" must be a string, got null'),
     "a weight": ({"messages": [say("assistant", "x", weight=0)]}, r"turn 1 must have weight 1, got 0"),
+    "a loss": ({"messages": [say("assistant", "x", loss=False)]}, r"turn 1 must have loss true, got False"),
+    "a mask": ({"messages": [say("assistant", "x", masked=True)]}, r"turn 1 must have masked false, got True"),
     "a surrogate": ({"question": "a\ud800", "answer": "b"}, r"lone surrogate U\+D800"),
     "a surrogate in a turn": ({"messages": [say("user", "\udfff")]}, r"turn 1 must be valid Unicode"),
     "two system texts": ({"messages": [say("system", "a"), *ONE_TURN], "system": "b"}, r"must have one system text"),
@@ -178,6 +180,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a call without a name": (
         {"messages": [say("assistant", "", tool_calls=[{}])]},
         r"turn 1 must call a tool by name",
+    ),
+    "a call with a number that JSON has not": (
+        {"messages": [say("assistant", "", tool_calls=[{"name": "add", "arguments": '{"a": 1e999}'}])]},
+        r"the call of turn 1 must have finite numbers",
+    ),
+    "a tool with a number that JSON has not": (
+        {"messages": ONE_TURN, "tools": '[{"name": "add", "maximum": NaN}]'},
+        r'field "tools" must have finite numbers',
     ),
     "a broken history": ({"prompt": "a", "response": "b", "history": [["c"]]}, r"pairs of question and answer"),
 }
