@@ -39,7 +39,7 @@ _HOP_HEADERS = frozenset(
     ("connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
 # llama.cpp calls these its own errors (500), and clients of OpenAI would send such a request again.
-_CLIENTS_ERRORS = re.compile(r"Failed to parse|Unknown |.*is not supported")
+_CLIENTS_ERRORS = re.compile(r"Failed to parse|Unknown |.*is not supported|vector::_M_range_check")
 # They render a conversation, for which llama.cpp would take ChatML where a model has no template.
 _CHAT_PATHS = ("/chat/completions", "/apply-template", "/responses", "/messages", "/messages/count_tokens", "/api/chat")
 
@@ -112,6 +112,8 @@ class Front:
             self._buffered_bytes -= len(body)
 
     def _require_permitted(self, request: web.Request) -> None:
+        if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
+            raise _Refusal(415, f"body: must not be compressed, got Content-Encoding {encoding}. Send it as it is.")
         keys = self.server.settings.api_keys
         given = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.headers.get("X-Api-Key", "")
         # A list, not a generator: how long `any` takes would tell which key is right in part.

@@ -3,29 +3,40 @@
 llama.cpp answers most wrong requests itself, with one clear error. Not these, which were tried on it: JSON that is
 nested some ten thousand times ends the process, `repeat_last_n` of 2^31 allocates 8 GiB, the likeliest tokens of a
 whole vocabulary at each step make an answer of gigabytes, 200,000 prompts or 50,000 sequence breakers in one request
-hold up all others, and 20,000 messages take longer to render than a client waits.
+hold up all others, and 20,000 messages take longer to render than a client waits. Of whole numbers it keeps 32 bits: a
+limit of 2^32 + 5 tokens would be one of 5, and the token 2^32 the first one.
 """
 
+import itertools
 from typing import Any
 
 import orjson
+
+from megatron_hammer.corpus.json_records import name_of_type
 
 MOST_ENTRIES = 256
 MOST_LIKELIEST = 100
 # Fields that name a number of past tokens, for which llama.cpp allocates.
 _PAST_TOKENS = ("repeat_last_n", "dry_penalty_last_n")
 _LIKELIEST = ("n_probs", "top_logprobs", "logprobs")
+_MOST_32_BITS = 2**31 - 1
+_OF_ANY_SIZE = ("seed",)
+_IDS = ("prompt", "input", "content", "tokens")
 _LISTS = ("prompt", "input", "content", "stop", "dry_sequence_breakers")
 
 
 def check_request(body: bytes, *, context_tokens: int) -> bytes:
-    """The body of a POST as JSON, written anew, so that llama.cpp parses what was checked. Raises ValueError."""
+    """The body of a POST as JSON, written anew, so that llama.cpp parses what was checked. Raises ValueError.
+
+    Every request that uses the model is an object.
+    """
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"body: must be JSON in UTF-8, got: {error}. Check the request.") from None
-    if isinstance(request, dict):
-        _check_fields(request, context_tokens)
+    if not isinstance(request, dict):
+        raise ValueError(f"body: must be a JSON object, got {name_of_type(request)}. Check the request.")
+    _check_fields(request, context_tokens)
     try:
         return orjson.dumps(request)
     except orjson.JSONEncodeError:  # its limit is 254 levels
@@ -38,6 +49,12 @@ def _check_fields(request: dict[str, Any], context_tokens: int) -> None:
         value = request.get(name)
         if isinstance(value, int | float) and value > limit:
             raise ValueError(f"{name}: must be at most {limit}, got {value}. Pass a smaller number.")
+    for name, value in request.items():
+        numbers = value if name in _IDS and isinstance(value, list) else [value]
+        # Ids may lie a level deeper, as several prompts.
+        for number in itertools.chain(*(one if isinstance(one, list) else [one] for one in numbers)):
+            if isinstance(number, int | float) and abs(number) > _MOST_32_BITS and name not in _OF_ANY_SIZE:
+                raise ValueError(f"{name}: must be at most {_MOST_32_BITS}, got {number}. Pass a smaller number.")
     # Every message has at least one token.
     for name, limit in (dict.fromkeys(_LISTS, MOST_ENTRIES) | {"messages": context_tokens}).items():
         value = request.get(name)

@@ -174,6 +174,7 @@ WRONG = {
     "a buffer of 8 GiB": ({"messages": MESSAGES, "repeat_last_n": 2**31 - 1}, 400, "repeat_last_n"),
     "the whole vocabulary": ({"messages": MESSAGES, "top_logprobs": 10**6}, 400, "top_logprobs"),
     "many prompts": ({"prompt": ["a"] * 5000}, 400, "prompt"),
+    "a token of 33 bits": ({"prompt": [2**32]}, 400, "prompt"),
 }
 
 
@@ -181,7 +182,7 @@ WRONG = {
 def test_a_wrong_request_gets_one_error_and_the_server_stays(server: RunningServer, name: str) -> None:
     body, status, field = WRONG[name]
     child = server.find_child()
-    got, answer = server.ask(PATH if name == "many prompts" else CHAT, body)
+    got, answer = server.ask(PATH if isinstance(body, dict) and "prompt" in body else CHAT, body)
     assert (got, field in answer["error"]["message"]) == (status, True), answer
     assert server.find_child() == child
     assert server.ask(PATH, {"prompt": "a", "max_tokens": 1})[0] == 200
@@ -194,7 +195,7 @@ def test_a_request_that_is_no_http_is_one_error_and_no_trace(server: RunningServ
         "method": (b"FOO / HTTP/1.1\r\n\r\n", 400),
         "long URL": (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 400),
         "chunk": (head + key + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        "not compressed": (head + key + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nab", 400),
+        "not compressed": (head + key + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415),
         "key": (head + b"Authorization: Bearer \xff\r\nContent-Length: 2\r\n\r\n{}", 401),
     }
     for name, (content, status) in wrong.items():
@@ -202,6 +203,11 @@ def test_a_request_that_is_no_http_is_one_error_and_no_trace(server: RunningServ
             connection.sendall(content)
             assert connection.recv(100).split()[1] == str(status).encode(), name
     assert not select.select([server.process.stderr], [], [], 0)[0]
+
+
+def test_a_token_that_the_model_has_not_is_the_clients_error(server: RunningServer) -> None:
+    status, answer = server.ask("/detokenize", {"tokens": [10**9]})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_no_messages_and_an_empty_prompt_are_answered(server: RunningServer) -> None:

@@ -17,13 +17,12 @@ def check(request: Any) -> Any:
 @pytest.mark.parametrize(
     "request_",
     [
-        {"messages": [{"role": "user", "content": "春\u0000 \U0001f98a"}], "repeat_last_n": CONTEXT, "n": 2**31},
+        {"messages": [{"role": "user", "content": "春\u0000 \U0001f98a"}], "repeat_last_n": CONTEXT, "n": 2**31 - 1},
         {"prompt": list(range(MOST_ENTRIES + 1)), "logprobs": True, "top_logprobs": MOST_LIKELIEST},
         {"prompt": ["a"] * MOST_ENTRIES, "temperature": 1e-3, "seed": -1, "repeat_last_n": -1},
+        {"prompt": [[1, 2], "a"], "seed": 2**63, "stream": True},
         {"messages": [{"role": 5}, "wrong"], "stop": ["a"] * MOST_ENTRIES},
         {"messages": "wrong, and llama.cpp says so", "repeat_last_n": "five"},
-        [1, 2],
-        None,
     ],
 )
 def test_what_llama_cpp_can_judge_passes_unchanged(request_: Any) -> None:
@@ -35,6 +34,23 @@ def test_what_llama_cpp_can_judge_passes_unchanged(request_: Any) -> None:
 def test_more_past_tokens_than_a_conversation_has(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name}: must be at most {CONTEXT}, got "):
         check({name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_tokens": 2**32 + 5}, {"top_k": -(2**31)}, {"n": 1e18}, {"prompt": [1, 2**32]}, {"prompt": [[2**32]]},
+     {"tokens": [2**40]}],
+)  # fmt: skip
+def test_a_number_that_llama_cpp_would_cut_to_32_bits(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"^{name}: must be at most 2147483647, got -?\d+"):
+        check(fields)
+
+
+@pytest.mark.parametrize(("body", "kind"), [(b"[1, 2]", "a list"), (b"null", "null"), (b"5", "a number")])
+def test_a_body_that_is_no_object(body: bytes, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"^body: must be a JSON object, got {kind}"):
+        check_request(body, context_tokens=CONTEXT)
 
 
 @pytest.mark.parametrize("name", ["n_probs", "top_logprobs", "logprobs"])
@@ -62,5 +78,6 @@ def test_a_body_that_is_not_json(body: bytes) -> None:
 
 def test_json_that_llama_cpp_would_recurse_into() -> None:
     with pytest.raises(ValueError, match=r"^body: JSON must be nested less than 254 times"):
-        check_request(b"[" * 300 + b"]" * 300, context_tokens=CONTEXT)
-    assert check_request(b"[" * 200 + b"]" * 200, context_tokens=CONTEXT) == b"[" * 200 + b"]" * 200
+        check_request(b'{"a":' + b"[" * 300 + b"]" * 300 + b"}", context_tokens=CONTEXT)
+    body = b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"
+    assert check_request(body, context_tokens=CONTEXT) == body
