@@ -24,6 +24,7 @@ from typing import Any
 import orjson
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, UnixConnector, web
 from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL
 
 from megatron_hammer.serving.llama_server import NUM_EXTRA_THREADS, LlamaServer
 from megatron_hammer.serving.request_limits import check_request
@@ -40,8 +41,9 @@ _HOP_HEADERS = frozenset(
 )
 # llama.cpp calls these its own errors (500), and clients of OpenAI would send such a request again.
 _CLIENTS_ERRORS = re.compile(r"Failed to parse|Unknown |.*is not supported|vector::_M_range_check")
-# They render a conversation, for which llama.cpp would take ChatML where a model has no template.
-_CHAT_PATHS = ("/chat/completions", "/apply-template", "/responses", "/messages", "/messages/count_tokens", "/api/chat")
+# They, and what lies below them, render a conversation, for which llama.cpp would take ChatML where a model has no
+# template.
+_CHAT_PATHS = ("/chat/completions", "/apply-template", "/responses", "/messages", "/api/chat")
 
 
 class _Refusal(Exception):
@@ -121,7 +123,8 @@ class Front:
             [hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode()) for key in keys]
         ):
             raise _Refusal(401, "api key: must be one of the server's. Pass it as Authorization: Bearer KEY.")
-        if not self.server.settings.has_chat and request.path.removeprefix("/v1") in _CHAT_PATHS:
+        path = f"{_address(request).path.removeprefix('/v1')}/"
+        if not self.server.settings.has_chat and path.startswith(tuple(f"{chat}/" for chat in _CHAT_PATHS)):
             raise _Refusal(400, "model: it has no chat template, and --no-chat was given. Use /v1/completions.")
 
     async def _read_body(self, request: web.Request, body: bytearray) -> None:
@@ -160,14 +163,14 @@ class Front:
 
     async def _pass_on(self, request: web.Request, body: bytes | None) -> web.StreamResponse:
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP_HEADERS]
-        url = "http://localhost" + request.raw_path
         if not self.server.is_ready:
             raise _Refusal(503, "model: it is being loaded. Try again later.")
         answer: web.StreamResponse | None = None
         try:
-            async with self._session.request(request.method, url, headers=headers, data=body) as upstream:
-                if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise _read_error(await upstream.read())
+            async with self._session.request(request.method, _address(request), headers=headers, data=body) as upstream:
+                is_json = upstream.content_type == "application/json"
+                if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR or (upstream.status >= 400 and not is_json):
+                    raise _read_error(upstream.status, await upstream.read())
                 answer = web.StreamResponse(status=upstream.status)
                 for name, value in upstream.headers.items():
                     if name.lower() not in _HOP_HEADERS:
@@ -202,13 +205,20 @@ async def _copy(upstream: ClientResponse, answer: web.StreamResponse) -> None:
         await answer.write_eof()
 
 
-def _read_error(content: bytes) -> _Refusal:
-    """An error of llama.cpp, with the status of whose fault it is."""
+def _address(request: web.Request) -> URL:
+    """Where llama.cpp gets the request: without `.` and `..`, so what is checked is what is asked."""
+    if not request.raw_path.startswith("/"):
+        raise _Refusal(400, f"path: must begin with a slash, got {request.raw_path[:60]}. Check the client.")
+    return URL(f"http://localhost{request.raw_path}")
+
+
+def _read_error(status: int, content: bytes) -> _Refusal:
+    """An error of llama.cpp, with the status of whose fault it is. Some have a text alone, or nothing."""
     try:
         message = str(orjson.loads(content)["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        message = content.decode(errors="replace")
-    return _Refusal(400 if _CLIENTS_ERRORS.match(message) else 500, message)
+        message = content.decode(errors="replace") or f"llama.cpp: it answered with status {status} alone."
+    return _Refusal(400 if status >= 500 and _CLIENTS_ERRORS.match(message) else status, message)
 
 
 def _is_no_clients_error(record: logging.LogRecord) -> bool:

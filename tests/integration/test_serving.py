@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import http.client
 import json
 import os
 import pty
@@ -193,6 +194,7 @@ def test_a_request_that_is_no_http_is_one_error_and_no_trace(server: RunningServ
     key = f"Authorization: Bearer {PRIVATE_KEY}\r\n".encode()
     wrong = {
         "method": (b"FOO / HTTP/1.1\r\n\r\n", 400),
+        "path": (b"GET http://localhost/health HTTP/1.1\r\n\r\n", 400),
         "long URL": (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 400),
         "chunk": (head + key + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         "not compressed": (head + key + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415),
@@ -208,6 +210,14 @@ def test_a_request_that_is_no_http_is_one_error_and_no_trace(server: RunningServ
 def test_a_token_that_the_model_has_not_is_the_clients_error(server: RunningServer) -> None:
     status, answer = server.ask("/detokenize", {"tokens": [10**9]})
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_an_error_that_llama_cpp_says_in_plain_text_has_the_form_of_the_others(server: RunningServer) -> None:
+    # Its page is compressed, and this client does not say that it reads that.
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("GET", "/", headers={"Authorization": f"Bearer {PRIVATE_KEY}", "Accept-Encoding": "identity"})
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["code"]) == (415, 415)
 
 
 def test_no_messages_and_an_empty_prompt_are_answered(server: RunningServer) -> None:
@@ -412,8 +422,9 @@ def test_a_context_that_does_not_fit_in_memory_is_one_error(gguf: Path, monkeypa
 def test_a_base_model_serves_completions_only(bad_files: Path) -> None:
     with run_server(bad_files / "base.gguf", "--no-chat") as running:
         assert running.ask(PATH, {"prompt": "a", "max_tokens": 2})[0] == 200
-        status, answer = running.ask(CHAT, {"messages": MESSAGES})
-        assert (status, "chat template" in answer["error"]["message"]) == (400, True)
+        for path in (CHAT, CHAT.replace("/chat", "/./chat"), f"{CHAT}/input_tokens", "/x/../apply-template"):
+            status, answer = running.ask(path, {"messages": MESSAGES})
+            assert (status, "chat template" in answer["error"]["message"]) == (400, True), path
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------
