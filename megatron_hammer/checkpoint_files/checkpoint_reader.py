@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files.read import refuse_pipe
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest iteration of a folder
 RELEASE = "release"  # in place of an iteration, in the pointer and as a folder: weights that no run continues from
@@ -72,9 +73,11 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 def read_tracker(folder: Path) -> int | str | None:
     """The iteration, or RELEASE, or another text that means nothing; None without a tracker."""
+    path = folder / LATEST_FILE
     try:
+        refuse_pipe(path, CheckpointError)
         # errors="replace": damage must become a sentence, not a UnicodeDecodeError.
-        text = (folder / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
     return int(text) if text.isdecimal() and len(text) < 19 else text

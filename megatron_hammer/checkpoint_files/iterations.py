@@ -51,7 +51,7 @@ def remove_leftovers(save_dir: Path) -> list[str]:
     """Remove what killed processes left; returns the names. Only for who holds the lock on --save."""
     leftovers = list_leftovers(save_dir)
     for leftover in leftovers:
-        shutil.rmtree(leftover, ignore_errors=True)
+        _clear(leftover)
     return [leftover.name for leftover in leftovers]
 
 
@@ -63,7 +63,7 @@ def begin_iteration(directory: Path, *, is_writer: bool) -> Path:
     """
     unfinished_dir = directory.with_name(UNFINISHED_PREFIX + directory.name)
     if is_writer:
-        shutil.rmtree(unfinished_dir, ignore_errors=True)
+        _clear(unfinished_dir)
         unfinished_dir.mkdir(parents=True)
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
@@ -80,6 +80,14 @@ def publish_iteration(unfinished_dir: Path, directory: Path, known: Mapping[str,
     return num_bytes
 
 
+def _clear(path: Path) -> None:
+    """Remove what is in the place of a folder; of a link, only the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_iteration(directory: Path) -> None:
     """Remove the folder of an iteration; it loses its name at once, whatever happens while its files are removed.
 
@@ -89,6 +97,6 @@ def remove_iteration(directory: Path) -> None:
         directory.unlink()
     elif directory.exists():
         removed_dir = directory.with_name(REMOVED_PREFIX + directory.name)
-        shutil.rmtree(removed_dir, ignore_errors=True)
+        _clear(removed_dir)
         directory.rename(removed_dir)
         shutil.rmtree(removed_dir, ignore_errors=True)

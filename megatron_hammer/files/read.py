@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_hammer.errors import DataError, HammerError
@@ -23,7 +24,7 @@ def cannot_read(path: str | Path, error: OSError, *, raises: type[HammerError] =
 def read_bytes(path: Path, *, raises: type[HammerError] = DataError) -> bytes:
     """Return what is in a file; raises `raises` if it cannot be read."""
     try:
-        _refuse_pipe(path, raises)
+        refuse_pipe(path, raises)
         return path.read_bytes()
     except OSError as error:
         raise cannot_read(path, error, raises=raises) from error
@@ -35,7 +36,7 @@ def read_text(path: Path, *, raises: type[HammerError] = DataError) -> str:
     Raises `raises` if it cannot be read or is in another encoding.
     """
     try:
-        _refuse_pipe(path, raises)
+        refuse_pipe(path, raises)
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise cannot_read(path, error, raises=raises) from error
@@ -44,7 +45,17 @@ def read_text(path: Path, *, raises: type[HammerError] = DataError) -> str:
         raise raises(f"{path}: text must be UTF-8, got {where}. Convert the file with iconv.") from error
 
 
-def _refuse_pipe(path: Path, raises: type[HammerError]) -> None:
+def refuse_pipes(folder: Path, *, raises: type[HammerError]) -> None:
+    """Raise `raises` if a named pipe is in the folder: who opens one waits without end. Not for those further below."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(folder):
+            if not entry.is_dir(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # a link to nothing
+                    refuse_pipe(Path(entry), raises)
+
+
+def refuse_pipe(path: Path, raises: type[HammerError]) -> None:
+    """Raise `raises` if the path is a named pipe."""
     # A named pipe that nobody writes is waited for without end. Those of a shell, `<(command)`, are read once too, but
     # many of these files are read again, by other processes.
     if stat.S_ISFIFO(path.stat().st_mode):

@@ -154,8 +154,10 @@ class WriterThread:
         tasks = cls._tasks
         while (task := tasks.get()) is not None:
             finished, request = task
-            _write(request)
-            finished.set_result(None)
+            try:
+                _write(request)
+            finally:  # else the rank would wait for this save without end
+                finished.set_result(None)
             del task, request  # the copies
 
 
@@ -191,8 +193,10 @@ def _is_true_on_all_ranks(value: bool) -> bool:
 def _lower_priority(cpu_priority: int, io_priority: int | None) -> None:
     """For this thread alone: on Linux a thread has priorities of its own."""
     thread_id = threading.get_native_id()
-    if cpu_priority > os.getpriority(os.PRIO_PROCESS, thread_id):
-        os.setpriority(os.PRIO_PROCESS, thread_id, cpu_priority)
+    # Each may be missing or forbidden, as in a container; they are only a courtesy to other programs.
+    with contextlib.suppress(OSError):
+        if cpu_priority > os.getpriority(os.PRIO_PROCESS, thread_id):
+            os.setpriority(os.PRIO_PROCESS, thread_id, cpu_priority)
     if io_priority is not None:
-        with contextlib.suppress(OSError):  # not installed; it is only a courtesy to other programs
+        with contextlib.suppress(OSError):
             subprocess.run(["ionice", "-c", str(io_priority), "-p", str(thread_id)], capture_output=True, check=False)

@@ -22,6 +22,7 @@ rejoin_timeout, how long for a node that was lost (60 s).
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -32,12 +33,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_hammer.config.own_flags import read_option
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.read import refuse_pipes
 from megatron_hammer.platforms.parent_process import end_with_parent
+from megatron_hammer.training.terminal import lose_what_is_not_taken
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 CHECKPOINT_GRACE_S = 1800  # for the checkpoint of a run that is stopped, unless --shutdown-timeout says otherwise
+DEFAULT_TIMEOUT_MINUTES = 10  # of collectives; Megatron's
 DEFAULT_MASTER_PORT = 29500  # torchrun's
 PORT_RELEASE_S = 10.0  # for the kernel to end a launcher that was killed just before, which still has the port
 # torchrun's own list, and the warning of a scheduler. Training saves and stops on each of them.
@@ -73,13 +78,13 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    from megatron_hammer.config.own_flags import read_option
     from megatron_hammer.training.supervision.launcher.agent import run_agent
     from megatron_hammer.training.supervision.launcher.rendezvous import settle_rendezvous
     from megatron_hammer.training.supervision.launcher.supervisor import HangOptions
 
-    # torchrun's own report of children that ended; what matters is printed below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torchrun's own report of children that ended; what matters is printed below. Some modules have their own levels.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     received = stop_only_once()
     own, torchrun_options = read_own_options(torchrun_options)
     ours = ["--signals-to-handle", ",".join(number.name for number in list_stop_signals())]
@@ -88,9 +93,17 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     check_node_rank(options)
     check_master_port(options)
     settle_rendezvous(options)
-    config, entrypoint, arguments = run.config_from_args(options)
+    try:
+        config, entrypoint, arguments = run.config_from_args(options)
+    except (ValueError, AssertionError, FileNotFoundError) as error:
+        raise ConfigError(f"launch: options of torchrun must be usable, got: {error}. See torchrun --help.") from error
+    timeout_s = read_collective_timeout_s(training_options)
     save = read_option(training_options, "--save")
     save_dir = None if save is None else Path(save)
+    if save_dir is not None:
+        refuse_pipes(save_dir, raises=ConfigError)
+    # Warnings that a closed terminal does not take must not keep the launcher from starting its ranks again.
+    sys.stdout, sys.stderr = lose_what_is_not_taken(sys.stdout), lose_what_is_not_taken(sys.stderr)
     grace_s = getattr(options, "shutdown_timeout", None) or CHECKPOINT_GRACE_S
     try:
         return run_agent(
@@ -99,11 +112,7 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
             arguments,
             save_dir=save_dir,
             stop_grace_s=grace_s,
-            hang_options=HangOptions(
-                timeout_s=60 * float(read_option(training_options, "--distributed-timeout-minutes") or 10),
-                fixed_s=own.hang_timeout,
-                ends_hangs=own.end_hangs,
-            ),
+            hang_options=HangOptions(timeout_s=timeout_s, fixed_s=own.hang_timeout, ends_hangs=own.end_hangs),
         )
     except SignalException:
         return choose_exit_code(received)
@@ -144,10 +153,33 @@ def check_numbers(options: argparse.Namespace) -> None:
         )
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", str(options.nnodes)):
         problems.append(f"nnodes: must be a number above 0, or MIN:MAX, got {options.nnodes}. Correct it.")
+    elif int(options.nnodes.split(":")[0]) > int(options.nnodes.split(":")[-1]):
+        problems.append(f"nnodes: MIN must be at most MAX, got {options.nnodes}. Correct it.")
     if options.max_restarts < 0:
         problems.append(f"max-restarts: must be at least 0, got {options.max_restarts}. Use 0 for none.")
+    if options.monitor_interval <= 0 or not math.isfinite(options.monitor_interval):
+        problems.append(f"monitor-interval: must be above 0 seconds, got {options.monitor_interval:g}. Use 0.1.")
+    if options.master_port is not None and not 0 < options.master_port < 65536:
+        problems.append(f"master-port: must be 1 to 65535, got {options.master_port}. Choose a free one.")
+    unknown = set(options.signals_to_handle.split(",")) - {number.name for number in signal.Signals} | {
+        name for name in options.signals_to_handle.split(",") if name in ("SIGKILL", "SIGSTOP")
+    }
+    if unknown:
+        problems.append(
+            f"signals-to-handle: must be names of signals that can be handled, got {', '.join(sorted(unknown))}. "
+            "Leave it out for those that save and stop."
+        )
     if problems:
         raise ConfigError(*problems)
+
+
+def read_collective_timeout_s(training_options: Sequence[str]) -> float:
+    """--distributed-timeout-minutes of training, in seconds; its default where the ranks will refuse what is given."""
+    try:
+        minutes = float(read_option(training_options, "--distributed-timeout-minutes") or DEFAULT_TIMEOUT_MINUTES)
+    except ValueError:
+        minutes = math.nan
+    return 60 * (minutes if minutes > 0 and math.isfinite(minutes) else DEFAULT_TIMEOUT_MINUTES)
 
 
 def list_stop_signals() -> tuple[signal.Signals, ...]:

@@ -80,9 +80,9 @@ class MetricsLog:
         self._validated: set[tuple[int, str]] = set()
         if metrics_path is not None:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)
-            self.num_dropped = drop_lines_from(metrics_path, first_step)
+            self.num_dropped = drop_lines_from(metrics_path, first_step, "loss")
             validation_path = metrics_path.with_name("validation.jsonl")
-            drop_lines_from(validation_path, first_step)
+            drop_lines_from(validation_path, first_step, "loss", "validation_set")
             if validation_path.exists():
                 self._validated = {(line["step"], line["validation_set"]) for line in read_metrics(validation_path)}
             self._file, self._validation_file = LineFile(metrics_path), LineFile(validation_path)
@@ -170,7 +170,7 @@ class LineFile:
         self._waiting = b""
         self._file: IO[bytes] | None = None
         with contextlib.suppress(OSError):
-            self._file = path.open("ab", buffering=0)
+            self._open()
 
     def append(self, line: dict[str, Any]) -> None:
         self._waiting += json.dumps(replace_non_finite(line), allow_nan=False).encode() + b"\n"
@@ -180,11 +180,18 @@ class LineFile:
         except OSError as error:
             self.failure = f"{self.path}: {error.strerror}; training goes on, and the lines wait"
 
+    def _open(self) -> None:
+        self._file = self.path.open("a+b", buffering=0)
+        # An editor may have left the last line without its end.
+        if self._file.seek(0, os.SEEK_END) and os.pread(self._file.fileno(), 1, self._file.tell() - 1) != b"\n":
+            self._waiting = b"\n" + self._waiting
+
     def _write(self) -> None:
         if self._file is None or os.fstat(self._file.fileno()).st_nlink == 0:
             self.failure = f"{self.path}: was deleted; training goes on, and it is begun anew"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
+            self._open()
+            assert self._file is not None
         size_bytes = os.fstat(self._file.fileno()).st_size
         if self._file.write(self._waiting) != len(self._waiting):  # no half line may stay
             os.ftruncate(self._file.fileno(), size_bytes)
@@ -196,10 +203,11 @@ class LineFile:
             self._file.close()
 
 
-def drop_lines_from(path: Path, first_step: int) -> int:
+def drop_lines_from(path: Path, first_step: int, *names: str) -> int:
     """Keep the lines of `path` whose step is before `first_step`; returns how many were dropped.
 
     A last line that was cut off by a kill counts as dropped. Raises DataError for any other line that is not ours.
+    names: of fields that a line must have, unless it is that of a saved checkpoint.
     """
     if not path.exists():
         return 0
@@ -208,13 +216,19 @@ def drop_lines_from(path: Path, first_step: int) -> int:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
+            fields = json.loads(line)
+            step = int(fields["step"])
+            if SAVED_FIELD not in fields and not {*names} <= {*fields}:
+                raise KeyError
+            if "loss" in names:
+                float(fields.get("loss") or 0.0)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             # Only a last line can be cut off by a kill; any other bad line means that this is not our file.
-            if number == len(lines):
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 continue
             raise DataError(
-                f"{path}:{number}: must be one JSON object with a step, got {line[:60]!r}. Move the file away."
+                f"{path}:{number}: must be one JSON object with a step{''.join(f' and {name}' for name in names)}, "
+                f"got {line[:60]!r}. Move the file away."
             ) from None
         if step < first_step:
             kept.append(line)

@@ -267,8 +267,8 @@ class RunObserver:
             validations = read_metrics(metrics_path.with_name("validation.jsonl"))
             scores = read_scores(find_scores_path(metrics_path))
             write_loss_curve(read_metrics(metrics_path), validations, curve_path, scores)
-        except (OSError, OutputError) as error:
-            self.reporter.say(f"loss curve: not written, {error}")
+        except (OSError, OutputError, ValueError, LookupError, TypeError) as error:  # also of a file that was edited
+            self.reporter.say(f"loss curve: not written, {error or type(error).__name__}")
             return None
         return curve_path
 

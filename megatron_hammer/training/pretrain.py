@@ -23,6 +23,7 @@ from megatron_hammer.training.launch import (
     end_with_launcher,
     list_stop_signals,
 )
+from megatron_hammer.training.supervision.ending import ends_soon, skip_teardown
 from megatron_hammer.training.supervision.last_words import leave_last_words, note_user_errors
 from megatron_hammer.training.supervision.progress import ProgressRecord, open_record
 from megatron_hammer.training.supervision.run_folder import repeat_run
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.update(read_slurm_variables(os.environ))
     end_with_launcher()
     die_silently_of_interrupts()
+    skip_teardown()
     leave_last_words()
     progress = open_record()
     argv = repeat_run(sys.argv[1:] if argv is None else argv)
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         plan = check(arguments)
         record_start(argv, arguments, plan)
-        sys.exit(train(arguments, plan, open_terminal(plan), progress))
+        with ends_soon():
+            sys.exit(train(arguments, plan, open_terminal(plan), progress))
 
 
 def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
@@ -79,8 +82,23 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
 
     from megatron_hammer.config.arguments import parse_arguments
 
+    refuse_outputs_that_are_pipes(argv)
     initial_model = read_named_model(argv)
     return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan, initial_model=initial_model)
+
+
+def refuse_outputs_that_are_pipes(argv: Sequence[str]) -> None:
+    """Raise ConfigError for a named pipe where the run reads and writes a file of its own; it would wait there."""
+    from pathlib import Path
+
+    from megatron_hammer.config.own_flags import read_option
+    from megatron_hammer.files.read import refuse_pipe, refuse_pipes
+
+    save, metrics_path = read_option(argv, "--save"), read_option(argv, "--metrics-path")
+    if save is not None:
+        refuse_pipes(Path(save), raises=ConfigError)
+    if metrics_path is not None and os.path.exists(metrics_path):
+        refuse_pipe(Path(metrics_path), ConfigError)
 
 
 def read_named_model(argv: Sequence[str]) -> "InitialModel | None":
@@ -136,10 +154,11 @@ def open_terminal(settings: "RunSettings") -> IO[str]:
     """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
     from pathlib import Path
 
-    from megatron_hammer.training.terminal import divert_output, lose_what_is_not_taken
+    from megatron_hammer.training.terminal import divert_output, leave_stacks, lose_what_is_not_taken
 
     if settings.output.is_verbose:
         sys.stdout = lose_what_is_not_taken(sys.stdout)
+        leave_stacks(sys.stdout)
         return sys.stdout
     save_dir = settings.checkpoints.save
     return divert_output(None if save_dir is None else Path(save_dir), settings.machine.rank)[0]
@@ -153,13 +172,14 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     from megatron_hammer.config.arguments import build_config_container, finalize_arguments
     from megatron_hammer.config.datasets import build_dataset_provider
     from megatron_hammer.model.provider import build_model_config
-    from megatron_hammer.platforms import output_hooks, training_hooks
-    from megatron_hammer.platforms.device import stand_alone
+    from megatron_hammer.platforms import device, output_hooks, training_hooks
     from megatron_hammer.training.cluster.agreement import require_equal_ranks
     from megatron_hammer.training.forward_step import ForwardStep
     from megatron_hammer.training.observer import build_observer
+    from megatron_hammer.training.saving.retention import wait_for_removals
+    from megatron_hammer.training.supervision.ending import finish_together
 
-    stand_alone()
+    device.stand_alone()
     state = finalize_arguments(arguments)
     training_hooks.form_process_group()
     require_equal_ranks(plan, arguments.settings.flags)
@@ -193,12 +213,22 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
         report_early_stop(observer, stop)
         exit_code, is_stopped = choose_exit_code(received), True
     observer.wait_for_scores(is_stopped=lambda: is_stopped or bool(received), on_wait=lambda: progress.enter("ending"))
-    # Also after an early stop: the curve and the summary then cover the steps that were run.
-    observer.finish()
-    finish_wandb()
-    remove_scored(plan)
-    if lock is not None:
-        lock.release()
+
+    def finish() -> None:
+        # Also after an early stop: the curve and the summary then cover the steps that were run.
+        observer.finish()
+        finish_wandb()
+        remove_scored(plan)
+        wait_for_removals()
+        if lock is not None:
+            lock.release()
+
+    finish_together(
+        finish,
+        max_over_ranks=device.max_over_ranks,
+        on_wait=lambda: progress.enter("ending"),
+        say=observer.reporter.say,
+    )
     close_process_group()
     if judge is not None:
         judge.end_run()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.read import refuse_pipes
 from megatron_hammer.training.supervision.log_folder import find_log, find_log_dir
 from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE, STACKS_SIGNAL
 
@@ -63,6 +64,7 @@ def divert_output(save_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         log_path = find_log(log_dir, rank)
+        refuse_pipes(log_dir, raises=ConfigError)
         log_file: IO[str] = LogStream(log_path.open("ab", buffering=0), encoding="utf8", write_through=True)
     except OSError as error:
         raise ConfigError(
@@ -75,8 +77,7 @@ def divert_output(save_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     sys.stdout = log_file
     sys.stderr = CopiedStream(sys.stderr, log_file)  # type: ignore[assignment]
     log_file.write(_describe_process(rank))
-    faulthandler.enable(log_file)  # the stacks of a process that crashes
-    faulthandler.register(STACKS_SIGNAL, log_file)
+    leave_stacks(log_file)
 
     def write_warning(message, category, filename, lineno, file=None, line=None) -> None:  # type: ignore[no-untyped-def]
         log_file.write(warnings.formatwarning(message, category, filename, lineno, line))
@@ -84,6 +85,15 @@ def divert_output(save_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     warnings.showwarning = write_warning
     logging.basicConfig(stream=log_file, level=logging.INFO, force=True)
     return terminal, log_path
+
+
+def leave_stacks(stream: IO[str]) -> None:
+    """Have the stacks of this process written to `stream` where it crashes, and where its launcher asks for them.
+
+    Without this, the signal with which it asks would end the process.
+    """
+    faulthandler.enable(stream)
+    faulthandler.register(STACKS_SIGNAL, stream)
 
 
 def _describe_process(rank: int) -> str:

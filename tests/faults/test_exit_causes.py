@@ -143,7 +143,7 @@ def test_a_worker_of_the_data_loader_that_is_killed_is_named(tmp_path: Path) -> 
 HOLDS_A_LOCK = """
 import multiprocessing.synchronize, os, signal
 import torch.utils.data
-from megatron_hammer.training.supervision import last_words
+from megatron_hammer.training.supervision import ending
 
 def is_set(event, calls=[], original=multiprocessing.synchronize.Event.is_set):
     if torch.utils.data.get_worker_info() is not None:
@@ -154,7 +154,7 @@ def is_set(event, calls=[], original=multiprocessing.synchronize.Event.is_set):
     return original(event)
 
 multiprocessing.synchronize.Event.is_set = is_set
-last_words.END_WITHIN_S = 1.0
+ending.END_WITHIN_S = 1.0
 """
 
 

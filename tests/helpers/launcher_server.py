@@ -34,6 +34,8 @@ class ForkedProcess:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Nor are its streams, which lie under other descriptors.
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             run_and_exit(arguments, environment, before)
 
     def poll(self) -> int | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files.read import refuse_pipe
 
 # Source: megatron.core.dist_checkpointing.validation.save_integrity_manifest of 0.19.2
 HASHES_FILE = "integrity.json"
@@ -93,6 +94,7 @@ def read_hashes(directory: Path) -> dict[str, FileHash] | None:
     """The hashes by file name; None if the iteration was saved without. Raises CheckpointError for a damaged file."""
     path = directory / HASHES_FILE
     try:
+        refuse_pipe(path, CheckpointError)
         content = json.loads(path.read_bytes())
         if content["algorithm"] != ALGORITHM:
             raise ValueError(f"algorithm {content['algorithm']}")

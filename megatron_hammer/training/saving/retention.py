@@ -6,6 +6,7 @@ that --evaluate-every has still to evaluate, and whatever this package did not w
 folder with other files in it.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from megatron_hammer.checkpoint_files.iterations import list_iterations, remove_
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import HASHES_FILE, read_hashes
 from megatron_hammer.config.run_plan import Checkpoints
 from megatron_hammer.errors import CheckpointError
+
+THREAD_NAME = "retention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +86,23 @@ class Retainer:
         own = {number: path for number, path in list_iterations(folder).items() if is_own(path)}
         kept = {*self._loaded, *self._select_needed(own)}
         removable = [own[number] for number in select_removable(own, saved, self.rule, kept=kept)]
-        # Not a daemon: at the end of a run the process waits until the files are gone.
-        thread = threading.Thread(target=lambda: list(map(remove_iteration, removable)), name="retention")
+        # A daemon, since a rank that fails must end; `wait_for_removals` is for the end of a run.
+        thread = threading.Thread(target=lambda: list(map(_remove, removable)), name=THREAD_NAME, daemon=True)
         thread.start()
         return thread
+
+
+def _remove(directory: Path) -> None:
+    try:
+        remove_iteration(directory)
+    except OSError as error:
+        print(
+            f"warning: keep-last: {directory} cannot be removed: {error.strerror}. It is tried again.", file=sys.stderr
+        )
+
+
+def wait_for_removals() -> None:
+    """Until the files of all iterations that are being removed are gone."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD_NAME:
+            thread.join()

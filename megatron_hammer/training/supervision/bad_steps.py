@@ -8,7 +8,6 @@ skip-batch  the optimizer skips the step, and training goes on with the next bat
 roll-back   the run ends, and starts again from its newest checkpoint without the batches of the last steps
 """
 
-import json
 import math
 import socket
 import statistics
@@ -26,6 +25,7 @@ from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.errors import CheckpointError, HammerError
 from megatron_hammer.files.typed import read_json_lines
 from megatron_hammer.platforms.agreement import gather_from_ranks
+from megatron_hammer.training.metrics import LineFile
 from megatron_hammer.training.supervision.last_words import write_note
 
 SKIPPED_BATCHES_FILE = "skipped_batches.jsonl"
@@ -67,6 +67,7 @@ class StepJudge:
         self._path = None if folder is None else folder / SKIPPED_BATCHES_FILE
         self._known = {} if self._path is None else {batch.num_samples: batch for batch in read_skipped(self._path)}
         self._good_losses: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._file: LineFile | None = None
         self._num_in_a_row = 0
         self._recent: deque[tuple[int, int]] = deque(maxlen=policy.num_rolled_back)
         self._step = self._num_samples = 0
@@ -204,9 +205,12 @@ class StepJudge:
         self._known.update((batch.num_samples, batch) for batch in found)
         if self._path is None or not self._is_recorder:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(batch)) + "\n" for batch in found)
+        if self._file is None:
+            self._file = LineFile(self._path)
+        for batch in found:
+            self._file.append(asdict(batch))
+        if self._file.failure is not None:
+            self._say(f"warning: {self._file.failure}")
 
     def _tell(self, sentence: str) -> None:
         if self._is_recorder:

@@ -24,6 +24,8 @@ from megatron_hammer.training.supervision.resuming import find_tracker, read_sav
 
 HEARTBEAT_FILE: Final = "heartbeat.json"
 _INTERVAL_S = 1.0
+# One client is served after the other: connections that nobody closes must not use up the files a rank may open.
+_CLIENT_TIMEOUT_S = 2.0
 # Key of a heartbeat, Prometheus' name, its type, and what it is.
 _SERIES = (
     ("step", "hammer_step", "gauge", "Last finished step."),
@@ -92,6 +94,8 @@ class Heartbeat:
         heartbeat = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            timeout = _CLIENT_TIMEOUT_S
+
             def do_GET(self) -> None:
                 if self.path.split("?")[0] != "/metrics":
                     self.send_error(404)
@@ -106,8 +110,12 @@ class Heartbeat:
             def log_message(self, *arguments: Any) -> None:
                 pass  # a line per scrape would fill the log
 
+        class Server(http.server.HTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                pass  # a client that has left is no error of the run
+
         try:
-            self.server = http.server.ThreadingHTTPServer(("", port), Handler)
+            self.server = Server(("", port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"prometheus-port: must be free on the host of the last rank, got {port} on {socket.gethostname()}: "

@@ -1,7 +1,6 @@
 """What a rank leaves when an error ends it: one line for its launcher, and its stack where a person looks for it."""
 
 import contextlib
-import faulthandler
 import functools
 import os
 import re
@@ -13,9 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from megatron_hammer.errors import HammerError
+from megatron_hammer.training.supervision.ending import end_soon
 from megatron_hammer.training.supervision.progress import PROGRESS_VARIABLE
 
-END_WITHIN_S = 30.0  # after an error; time enough for wandb to send its last lines
 _MAX_CHARS = 400
 # What gloo, NCCL and the store of the process group say when another rank is gone: its end is the cause, not this one.
 _LOST_CONNECTION = re.compile(
@@ -70,10 +69,7 @@ def explain_lost_worker(text: str) -> str | None:
 
 
 def leave_last_words() -> None:
-    """Have an error that ends this process noted for the launcher, and end it within `END_WITHIN_S` from then.
-
-    Python may wait without end on its way out, for example for a lock that a killed worker of the data loader had:
-    nobody would hear of the error, and the other ranks would wait for this one.
+    """Have an error that ends this process noted for the launcher, and end it soon from then.
 
     The stack of a lost connection goes to stdout, which is the log of the rank: on the terminal the stacks of all
     other ranks would bury the one that matters.
@@ -81,7 +77,7 @@ def leave_last_words() -> None:
     show = sys.excepthook
 
     def note_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        faulthandler.dump_traceback_later(END_WITHIN_S, exit=True, file=sys.stdout)
+        end_soon(1)
         text = f"{kind.__name__}: {error}"
         sentence = explain_group_error(text, os.environ) or explain_lost_worker(text)
         write_note(sentence or text)

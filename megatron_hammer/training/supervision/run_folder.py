@@ -3,6 +3,7 @@
 `hammer pretrain --from-run DIR --save NEW` repeats the run from there, and says what is different now.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -29,7 +30,10 @@ _PLACES = re.compile(
 )
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 # They say where a run writes, and may not be repeated.
-_OUTPUTS = ("--save", "--metrics-path", "--prometheus-file", "--tensorboard-dir")
+_OUTPUTS = (
+    *("--save", "--metrics-path", "--prometheus-file", "--tensorboard-dir", "--wandb-save-dir"),
+    *("--non-persistent-global-ckpt-dir", "--non-persistent-local-ckpt-dir"),
+)
 
 
 def describe_start(arguments: Sequence[str], data: Mapping[str, str]) -> dict[str, Any]:
@@ -66,7 +70,6 @@ def write_start(save_dir: Path, start: Mapping[str, Any], config: Mapping[str, A
     }
     if start["code"] is not None and start["code"]["is_changed"]:
         files[folder / f"changes-{stem}.diff"] = read_diff(Path(__file__).parent)
-    folder.mkdir(parents=True, exist_ok=True)
     publish_files(files)
 
 
@@ -100,32 +103,51 @@ def repeat_run(arguments: Sequence[str]) -> list[str]:
     source = read_option(arguments, FROM_RUN)
     if source is None:
         return list(arguments)
-    start = read_newest_start(Path(source))
     if read_option(arguments, "--save") is None and "--dry-run" not in arguments:
         raise ConfigError(
             f"save: must be given with --from-run, because {source} would be continued, got none. Pass --save NEW."
         )
     if os.environ.get("RANK", "0") == "0":
-        for line in list_differences(start):
+        for line in list_differences(read_newest_start(Path(source))):
             print(f"note: {line}", file=sys.stderr)
-    return [*_drop_outputs(start["arguments"]), *_drop(arguments, FROM_RUN)]
+    return expand_from_run(arguments)
+
+
+def expand_from_run(arguments: Sequence[str]) -> list[str]:
+    """What `repeat_run` returns, without its words. Raises ConfigError if there is no such run."""
+    source = read_option(arguments, FROM_RUN)
+    if source is None:
+        return list(arguments)
+    return [*_drop_outputs(read_newest_start(Path(source))), *_drop(arguments, FROM_RUN)]
 
 
 def read_newest_start(source: Path) -> dict[str, Any]:
-    """Of a folder that a run saved into, or of one start-TIME.json in its run/. Raises ConfigError."""
+    """Of a folder that a run saved into, or of one start-TIME.json in its run/. Raises ConfigError.
+
+    Of a folder, it is the newest one of a user: where the launcher has started the ranks again, they did not begin as
+    the run did.
+    """
     files = sorted((source / RUN_DIR).glob("start-*.json")) if source.is_dir() else [source]
     if not files:
         raise ConfigError(
             f"from-run: must be a folder that a run has saved into, got {source} without {RUN_DIR}/start-*.json. "
             "Pass the folder of its --save."
         )
-    try:
-        start = json.loads(files[-1].read_text(encoding="utf-8"))
+    starts = []
+    for path in reversed(files):
+        start = _read_start(path)
+        if start.get("attempt", 0) == 0:
+            return start
+        starts.append(start)
+    return starts[0]
+
+
+def _read_start(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        start = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(word, str) for word in start["arguments"]):
             return dict(start)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"from-run: must be a start of a run, got {files[-1]}, which is none. Pass an earlier one.")
+    raise ConfigError(f"from-run: must be a start of a run, got {path}, which is none. Pass an earlier one.")
 
 
 def list_differences(start: Mapping[str, Any]) -> list[str]:
@@ -150,9 +172,14 @@ def list_differences(start: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _drop_outputs(arguments: Sequence[str]) -> list[str]:
-    """Without where the run wrote, and without resuming from there."""
-    save, load = read_option(arguments, "--save"), read_option(arguments, "--load")
+def _drop_outputs(start: Mapping[str, Any]) -> list[str]:
+    """The arguments without where the run wrote, and without resuming from there."""
+    arguments = start["arguments"]
+    # realpath, since one folder may have two names.
+    save, load = (
+        None if path is None else os.path.realpath(os.path.join(start.get("directory", ""), path))
+        for path in (read_option(arguments, "--save"), read_option(arguments, "--load"))
+    )
     names = _OUTPUTS if load != save else (*_OUTPUTS, "--load")
     kept = list(arguments)
     for name in names:

@@ -1,5 +1,9 @@
+import os
 from pathlib import Path
 
+import pytest
+
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, read_tracker
 from megatron_hammer.checkpoint_files.iterations import (
     begin_iteration,
     list_iterations,
@@ -8,7 +12,8 @@ from megatron_hammer.checkpoint_files.iterations import (
     remove_iteration,
     remove_leftovers,
 )
-from megatron_hammer.checkpoint_files.torch_dist.content_hashes import require_intact
+from megatron_hammer.checkpoint_files.torch_dist.content_hashes import HASHES_FILE, read_hashes, require_intact
+from megatron_hammer.errors import CheckpointError
 
 
 def make(folder: Path, name: str, content: str = "old") -> Path:
@@ -55,3 +60,21 @@ def test_a_removed_link_leaves_its_target(tmp_path: Path) -> None:
     remove_iteration(tmp_path / "iter_0000009")  # not there
     assert (target / "shard").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_folder_does_not_stand_in_the_way_of_a_save(tmp_path: Path, kind: str) -> None:
+    other, unfinished = make(tmp_path, "other"), tmp_path / "unfinished_iter_0000110"
+    unfinished.symlink_to(other) if kind == "link" else unfinished.touch()
+    assert begin_iteration(tmp_path / "iter_0000110", is_writer=True).is_dir()
+    assert (other / "shard").exists()
+
+
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    directory = make(tmp_path, "iter_0000110")
+    os.mkfifo(directory / HASHES_FILE)
+    os.mkfifo(tmp_path / LATEST_FILE)
+    with pytest.raises(CheckpointError, match=r"integrity\.json: must be a file, got a pipe"):
+        read_hashes(directory)
+    with pytest.raises(CheckpointError, match=f"{LATEST_FILE}: must be a file, got a pipe"):
+        read_tracker(tmp_path)

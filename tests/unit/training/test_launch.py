@@ -22,12 +22,14 @@ NO_NOISE = ("Traceback", "ChildFailedError", "SignalException", "failed (exitcod
 TIMEOUT_S = 60
 
 
-def start(directory: Path, program: str, *flags: str, num_processes: int = 2) -> subprocess.Popen[str]:
+def start(
+    directory: Path, program: str, *flags: str, num_processes: int = 2, options: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     (directory / "fake.py").write_text("import os, signal, sys, time\nfrom pathlib import Path\n" + program)
     environment = {**os.environ, "PYTHONPATH": f"{directory}:{ROOT}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOCAL_RANK", None)
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, "--standalone", "--nproc-per-node", str(num_processes), "--", *flags],
+        [sys.executable, "-c", DRIVER, "--standalone", "--nproc-per-node", str(num_processes), *options, "--", *flags],
         cwd=directory,
         env=environment,
         stdout=subprocess.PIPE,
@@ -60,13 +62,47 @@ def test_options_without_a_separator_are_refused(capsys) -> None:
         (("--nproc-per-node", "0"), ("nproc-per-node:", "got 0")),
         (("--nnodes", "two"), ("nnodes:", "MIN:MAX", "got two")),
         (("--max-restarts", "-1"), ("max-restarts:", "at least 0", "got -1")),
+        (("--nnodes", "3:2"), ("nnodes:", "MIN must be at most MAX", "got 3:2")),
+        (("--monitor-interval", "0"), ("monitor-interval:", "above 0 seconds", "got 0")),
+        (("--monitor-interval", "nan"), ("monitor-interval:", "above 0 seconds", "got nan")),
+        (("--master-port", "99999"), ("master-port:", "1 to 65535", "got 99999")),
+        (("--master-port", "0", "--nnodes", "2"), ("master-port:", "1 to 65535", "got 0")),
+        (("--signals-to-handle", "SIGTERM,FOO,SIGKILL"), ("signals-to-handle:", "can be handled", "got FOO, SIGKILL")),
+        (("--shutdown-timeout", "-5"), ("launch:", "options of torchrun", "shutdown_timeout", "-5")),
+        (("--redirects", "9"), ("launch:", "options of torchrun", "got: 9 does not match")),
+        (("--log-dir", "/proc/none"), ("launch:", "options of torchrun", "/proc/none")),
+        (("--rdzv-conf", "oops", "--nnodes", "2"), ("launch:", "options of torchrun", "'oops'")),
+        (
+            ("--rdzv-conf", "join_timeout=x", "--nnodes", "2", "--node-rank", "1"),
+            ("rdzv-conf:", "'join_timeout'", "Correct it"),
+        ),
     ],
 )
-def test_numbers_that_are_none_are_refused(options: tuple[str, str], facts: tuple[str, ...], capsys) -> None:
+def test_options_that_cannot_be_used_are_refused(
+    options: tuple[str, str], facts: tuple[str, ...], capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(launch, "lose_what_is_not_taken", lambda stream: stream)  # pytest's has no descriptor
     with pytest.raises(SystemExit) as stop:
         launch.main([*options, "--", "--preset", "hammer-tiny"])
     assert stop.value.code == 2
     assert_errors(capsys.readouterr().err, facts)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("2", 120), ("x", 600), ("nan", 600), ("-1", 600), (None, 600)])
+def test_a_wrong_timeout_of_collectives_is_left_to_the_ranks(given: str | None, seconds: float) -> None:
+    assert (
+        launch.read_collective_timeout_s([] if given is None else ["--distributed-timeout-minutes", given]) == seconds
+    )
+
+
+def test_a_pipe_in_the_folder_of_a_run_is_refused(tmp_path: Path, capsys) -> None:
+    """Whoever opened it would wait without end."""
+    os.mkfifo(tmp_path / "events.jsonl")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--nproc-per-node", "1", "--", "--save", str(tmp_path)])
+    assert stop.value.code == 2
+    assert_errors(capsys.readouterr().err, (f"{tmp_path}/events.jsonl:", "must be a file, got a pipe"))
 
 
 @pytest.mark.parametrize("rank", ["2", "-1"])
@@ -139,6 +175,18 @@ def test_flags_reach_every_process(tmp_path: Path) -> None:
     code, _, _ = finish(start(tmp_path, program, "--preset", "x", "--", "--lr=1"))
     assert code == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 --preset x -- --lr=1"] * 2
+
+
+@pytest.mark.distributed
+def test_a_launcher_whose_output_nobody_reads_starts_its_ranks_again(tmp_path: Path) -> None:
+    program = "if os.environ['HAMMER_ATTEMPT'] == '0':\n    time.sleep(0.5)\n    sys.exit(3)\nPath('again').touch()"
+    process = start(tmp_path, program, options=("--max-restarts", "1"), num_processes=1)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(TIMEOUT_S) == 0
+    assert (tmp_path / "again").exists()
 
 
 @pytest.mark.distributed

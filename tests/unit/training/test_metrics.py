@@ -199,3 +199,21 @@ def test_a_deleted_file_is_begun_anew(tmp_path: Path) -> None:
     assert lines.failure is not None
     assert "was deleted" in lines.failure
     assert [line["step"] for line in read_metrics(lines.path)] == [3]
+
+
+def test_a_last_line_without_its_end_keeps_it_apart_from_the_next(tmp_path: Path) -> None:
+    """As an editor may leave it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.5}')
+    assert drop_lines_from(path, 3) == 0
+    lines = LineFile(path)
+    lines.append({"step": 2, "loss": 1.5})
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "loss": 1.5}'])
+def test_a_line_that_could_not_be_drawn_is_named_before_the_run(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "validation.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(DataError, match=r"validation.jsonl:1: must be one JSON object with a step and loss and valid"):
+        MetricsLog(FACTS, tmp_path / "metrics.jsonl", 2)

@@ -117,3 +117,26 @@ def test_a_terminal_that_is_gone_is_lost_and_nothing_else() -> None:
         print("nobody reads this", file=stream)
         stream.flush()
         stream.close()
+
+
+def test_a_launcher_that_asks_for_stacks_ends_no_verbose_rank() -> None:
+    program = """
+import os, signal
+from types import SimpleNamespace
+from megatron_hammer.training.pretrain import open_terminal
+open_terminal(SimpleNamespace(output=SimpleNamespace(is_verbose=True)))
+os.kill(os.getpid(), signal.SIGUSR2)
+print("alive")
+"""
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "most recent call first" in result.stdout
+    assert "alive" in result.stdout
+
+
+def test_a_pipe_in_the_place_of_a_log_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs" / "rank-0.log")
+    with pytest.raises(ConfigError, match=r"rank-0\.log: must be a file, got a pipe"):
+        divert_output(tmp_path, 0)

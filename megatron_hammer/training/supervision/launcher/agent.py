@@ -28,10 +28,12 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig
 
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.training.supervision.launcher.bounded_call import call_bounded
 from megatron_hammer.training.supervision.launcher.rendezvous import RepeatedRendezvous, build_handler, may_rejoin
 from megatron_hammer.training.supervision.launcher.supervisor import HangOptions, Supervisor, find_first_failure
 from megatron_hammer.training.supervision.resuming import continue_own_run, read_saved_step
+from megatron_hammer.training.supervision.run_folder import expand_from_run
 
 FAILURE_GRACE_S = 15  # between SIGTERM and SIGKILL to ranks that a failed one left behind
 STOP_NOTICE_S = 6  # until the launchers of all nodes have read that the run ends
@@ -75,7 +77,7 @@ class SupervisedAgent(LocalElasticAgent):
         place = worker_group.group_rank, worker_group.group_world_size
         supervisor.begin_attempt(attempt, ranks, worker_group.workers[0].world_size, *place)
         if supervisor.save_dir is not None and read_saved_step(supervisor.save_dir) != supervisor.first_saved_step:
-            spec.args = continue_own_run(self._first_arguments, supervisor.save_dir)
+            spec.args = build_restart(self._first_arguments, supervisor.save_dir)
         pids = super()._start_workers(worker_group)
         # torch gives the other ranks of a failed one 30 s to end, wherever it ends them.
         context: Any = self._pcontext
@@ -124,6 +126,13 @@ def run_agent(
         return read_exit_code(result) if supervisor.others_exit_code is None else supervisor.others_exit_code
 
 
+def build_restart(arguments: Sequence[str], save_dir: Path) -> tuple[str, ...]:
+    """Python's arguments with which ranks resume from `save_dir`. arguments: [-u, -m, module, argument, ...]."""
+    own = arguments.index("-m") + 2
+    # A run that --from-run repeats may have begun with another run's checkpoint.
+    return (*arguments[:own], *continue_own_run(expand_from_run(arguments[own:]), save_dir))
+
+
 def read_exit_code(result: RunResult) -> int:
     """Of the rank that failed first, as shells have it."""
     code = find_first_failure(result.failures)[1].exitcode
@@ -166,12 +175,16 @@ def _run_to_end(
         local_addr=config.local_addr,
         **config.rdzv_configs,
     )
+    try:
+        handler = build_handler(parameters, is_rejoining=is_rejoining)
+    except ValueError as error:
+        raise ConfigError(f"rdzv-conf: settings of the rendezvous must be usable, got: {error} Correct it.") from error
     shared = {field.name for field in fields(WorkerSpec)} & {field.name for field in fields(LaunchConfig)}
     spec = WorkerSpec(
         local_world_size=config.nproc_per_node,
         entrypoint=entrypoint,
         args=tuple(arguments),
-        rdzv_handler=build_handler(parameters, is_rejoining=is_rejoining),
+        rdzv_handler=handler,
         **{name: getattr(config, name) for name in shared},
     )
     agent = SupervisedAgent(

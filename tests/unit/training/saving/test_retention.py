@@ -1,5 +1,6 @@
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,15 @@ import pytest
 from megatron_hammer.checkpoint_files import iterations
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import write_hashes
-from megatron_hammer.training.saving.retention import Retainer, Retention, is_own, read_rule, select_removable
+from megatron_hammer.training.saving import retention
+from megatron_hammer.training.saving.retention import (
+    Retainer,
+    Retention,
+    is_own,
+    read_rule,
+    select_removable,
+    wait_for_removals,
+)
 from tests.helpers.parsed_flags import TINY, parse
 
 STEPS = range(10, 130, 10)
@@ -118,3 +127,14 @@ def test_the_rule_is_read_from_the_flags(tmp_path: Path) -> None:
     flags = ("--save", str(tmp_path), "--keep-last", "3", "--keep-every", "50", "--keep-iterations", "7", "9")
     assert read_rule(parse(*TINY, *flags).settings.checkpoints) == keep(3, 50, 7, 9)
     assert read_rule(parse(*TINY).settings.checkpoints) == keep(None)
+
+
+def test_an_iteration_that_cannot_be_removed_is_a_warning(save_dir: Path, monkeypatch, capsys) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(retention, "remove_iteration", refuse)
+    Retainer(save_dir, keep(11), None)(save_dir)
+    wait_for_removals()
+    assert capsys.readouterr().err.startswith(f"warning: keep-last: {save_dir}/iter_0000010 cannot be removed: Operat")
+    assert not [thread for thread in threading.enumerate() if thread.name == retention.THREAD_NAME]

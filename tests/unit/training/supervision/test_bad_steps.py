@@ -125,3 +125,11 @@ def test_the_file_of_skipped_batches_is_read_strictly(tmp_path: Path) -> None:
     path.write_text('{"step": "3"}\n' + good)
     with pytest.raises(CheckpointError, match=f"{SKIPPED_BATCHES_FILE}:1: "):
         read_skipped(path)
+
+
+def test_a_batch_is_recorded_on_a_line_of_its_own(tmp_path: Path) -> None:
+    """Also after a line whose end an editor has left out."""
+    (tmp_path / SKIPPED_BATCHES_FILE).write_text('{"step": 9, "num_samples": 64, "reason": "x"}')
+    run = Run(tmp_path, "skip-batch")
+    assert not run.take_step(float("nan"))
+    assert [batch.step for batch in read_skipped(tmp_path / SKIPPED_BATCHES_FILE)] == [9, 1]

@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import struct
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -66,7 +67,14 @@ def test_the_text_is_prometheus_exposition_format() -> None:
     assert names == [line.split("{")[0] for line in lines if not line.startswith("#")]
 
 
-def test_the_port_serves_the_same(tmp_path: Path) -> None:
+def leave_without_reading(port: int) -> None:
+    with socket.create_connection(("localhost", port)) as client:
+        client.sendall(b"no request\r\n\r\n")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+
+
+def test_the_port_serves_the_same(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(heartbeat, "_CLIENT_TIMEOUT_S", 0.2)
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     beating = Heartbeat("run", None, None, port)
@@ -79,6 +87,12 @@ def test_the_port_serves_the_same(tmp_path: Path) -> None:
         assert 'hammer_step{run="run"} 7\n' in answer.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{url}/etc/passwd", timeout=60)
+        with socket.create_connection(("localhost", port)) as silent:  # others are served soon
+            leave_without_reading(port)
+            assert urllib.request.urlopen(f"{url}/metrics", timeout=60).status == 200
+            silent.settimeout(60)
+            assert silent.recv(1) == b""
+        assert "Traceback" not in capsys.readouterr().err
         with pytest.raises(ConfigError, match=rf"prometheus-port: must be free .* got {port}"):
             Heartbeat("run", None, None, port)
     finally:

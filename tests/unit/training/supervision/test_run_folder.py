@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.errors import ConfigError, OutputError
 from megatron_hammer.training.supervision import run_folder
 from megatron_hammer.training.supervision.run_folder import (
     describe_start,
@@ -118,3 +118,26 @@ def test_code_is_a_commit_and_its_changes(tmp_path: Path) -> None:
 def test_without_git_the_code_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_folder.read_code_state(Path.cwd()) is None
+
+
+def test_ranks_that_the_launcher_started_again_do_not_say_how_a_run_began(run: Path) -> None:
+    """They resume from its own checkpoint, and not from the one with which it began."""
+    (first,) = (run / "run").glob("start-*.json")
+    restarted = json.loads(first.read_text()) | {"arguments": ["--load", "old", "--save", "old"], "attempt": 1}
+    (run / "run" / "start-99991231T000000.json").write_text(json.dumps(restarted))
+    assert read_newest_start(run)["arguments"] == ARGUMENTS
+    first.unlink()
+    assert read_newest_start(run)["attempt"] == 1
+
+
+@pytest.mark.parametrize("load", ["./old", "old/", "{directory}/old"])
+def test_a_run_is_not_resumed_by_another_name_of_its_folder(tmp_path: Path, load: str) -> None:
+    arguments = ["--save", "old", "--load", load.format(directory=tmp_path), "--lr", "1"]
+    write_start(tmp_path / "old", describe_start(arguments, {}) | {"directory": str(tmp_path)}, {})
+    assert repeat_run([f"--from-run={tmp_path}/old", "--save", "new"]) == ["--lr", "1", "--save", "new"]
+
+
+def test_a_file_in_the_place_of_the_records_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(OutputError, match="file cannot be written"):
+        write_start(tmp_path, describe_start([], {}), {})
