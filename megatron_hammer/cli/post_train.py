@@ -98,10 +98,12 @@ def summarise(report: PostTrainReport) -> str:
     reasons = ", ".join(f"{len(places):,} {reason}" for reason, places in report.dropped.items())
     losses = list(report.losses.values())
     course = f", loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else ""
+    num_dropped = report.num_records - report.num_examples - report.num_held_out
+    held_out = f"{report.num_held_out:,} held out, " if report.num_held_out else ""
     resumed = f" (continued from step {report.resumed_from_step})" if report.resumed_from_step else ""
     return (
         f"{report.save_dir}: {report.stage}{' with LoRA' if report.is_lora else ''}, {report.num_records:,} records "
-        f"in, {report.num_examples:,} used, {report.num_records - report.num_examples:,} dropped"
+        f"in, {report.num_examples:,} used, {held_out}{num_dropped:,} dropped"
         f"{f' ({reasons})' if reasons else ''}; {report.num_steps:,} steps{resumed}{course}; "
         f"{report.num_trained_parameters:,} of {report.num_parameters:,} parameters trained; {report.elapsed_s:.0f} s"
     )

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.cli.post_train import main
-from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.errors import ConfigError, ConversionError, DataError
+from megatron_hammer.post_training.trl.output_folder import write_output
 from megatron_hammer.post_training.trl.post_train import PostTrainOptions, PostTrainReport, post_train
 from megatron_hammer.post_training.trl.progress import ShowProgress
 from megatron_hammer.post_training.trl.recipe import Dpo, Lora, Recipe
@@ -270,9 +271,37 @@ def test_the_command_prints_a_summary_and_refuses_what_has_no_effect(
             main([*command, *extra])
         assert caught.value.code == 2
         assert problem in capsys.readouterr().err
-    main([*command, "--chat-template", "chatml"])
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert f"{tmp_path / 'out'}: sft, 8 records in, 8 used, 0 dropped; 1 steps, loss " in last
+    main([*command, "--chat-template", "chatml", "--held-out-data", str(folder / "conversations.jsonl")])
+    printed = capsys.readouterr()
+    last = printed.out.splitlines()[-1]
+    assert f"{tmp_path / 'out'}: sft, 16 records in, 8 used, 8 held out, 0 dropped; 1 steps, loss " in last
+    assert "note: 8 of 8 held-out records are trained on too" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": Lora(target_modules=("q_proj", "nope"))}, r"lora.target_modules: .* got nope. It has .*q_proj"),
+        ({"lora": Lora(modules_to_save=("mlp.down", "lm_head"))}, r"lora.modules_to_save: .* got mlp.down"),
+        ({"lora": Lora(target_modules=("q_proj",), modules_to_save=("q_proj",))}, r"lora: .* got q_proj for both"),
+        ({"lr_warmup_steps": 3}, r"lr_warmup_steps: must be below the 3 steps of the training, got 3"),
+    ],
+)
+def test_a_recipe_that_would_not_do_what_it_says_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(folder, tmp_path / "out", "sft", recipe=dataclasses.replace(RECIPE, **changes), is_lora="lora" in changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_stored_type_cannot_hold_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.lm_head.weight.data[3, 4] = 1e5
+    model.half().save_pretrained(tmp_path / "half")
+    options = {"base_dir": tmp_path / "half", "model": model.float(), "keeps_adapter": False, "pad_token": "<unk>"}
+    with pytest.raises(ConversionError, match=r"lm_head.weight: must have finite weights, got others"):
+        write_output(tmp_path / "out", stage="sft", chat_template="", end_of_turn_ids=[2], **options)
 
 
 def test_two_processes_share_a_batch(folder: Path, tmp_path: Path) -> None:
@@ -292,8 +321,9 @@ def test_two_processes_share_a_batch(folder: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(weight, weights[1][name], atol=1e-5) for name, weight in weights[0].items())
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run(folder: Path, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, lr=1e30, clip_grad=1e30)
+@pytest.mark.parametrize("log_interval", [1, 100])
+def test_a_loss_that_is_not_a_number_ends_the_run(folder: Path, tmp_path: Path, log_interval: int) -> None:
+    recipe = dataclasses.replace(RECIPE, lr=1e30, clip_grad=1e30, log_interval=log_interval)
     with pytest.raises(DataError, match=r"loss: must be finite, got (nan|inf) in step [23]"):
         train(folder, tmp_path / "out", "sft", recipe=recipe)
     assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ type Encode = Callable[[Fields], Example]
 
 @dataclass(kw_only=True, slots=True)
 class Examples:
-    """num_records: of all files. dropped: `file:line` of the records that are not used, by reason."""
+    """num_records: of all files, held out or not. dropped: `file:line` of each unused record, by reason."""
 
     examples: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
@@ -69,6 +69,12 @@ def load_examples(
                 f"{' '.join(inputs)}: must hold a record that can be used, got {reasons or 'none'}. "
                 "The lines above say why."
             )
+    trained = set(map(repr, loaded.examples)) if loaded.held_out else set()
+    if num_shared := sum(repr(example) in trained for example in loaded.held_out):
+        show(
+            f"note: {num_shared:,} of {len(loaded.held_out):,} held-out records are trained on too; the metrics say "
+            "nothing about others"
+        )
     return loaded
 
 

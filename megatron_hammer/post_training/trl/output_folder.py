@@ -16,6 +16,7 @@ import torch
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, GENERATION_NAME, read_config
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
+from megatron_hammer.errors import ConversionError
 from megatron_hammer.post_training.templates.model_template import TEMPLATE_NAME
 from megatron_hammer.post_training.trl.recipe import Stage
 from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES
@@ -35,18 +36,30 @@ def write_output(
     pad_token: str,
 ) -> None:
     """Fill an empty folder with the trained model. model: as the trainer had it; an adapter is merged into it unless
-    it is kept. Raises ConversionError if the converters could not read the model back."""
+    it is kept. Raises ConversionError if a weight is not finite, or if the converters could not read the model back."""
+    _require_finite(model)
     if keeps_adapter:
         model.save_pretrained(folder)
     else:
         if hasattr(model, "merge_and_unload"):  # a model of peft
             model = model.merge_and_unload()
-        model.to(read_stored_dtype(base_dir)).save_pretrained(folder)
+        model.to(read_stored_dtype(base_dir))
+        _require_finite(model)
+        model.save_pretrained(folder)
         if stage != "reward":
             shutil.copyfile(base_dir / CONFIG_NAME, folder / CONFIG_NAME)
             _write_generation_config(base_dir, folder, end_of_turn_ids)
             open_hf_folder(folder)
     write_tokenizer(base_dir, folder, chat_template=chat_template, pad_token=pad_token if stage == "reward" else None)
+
+
+def _require_finite(model: Any) -> None:
+    """The last step is followed by no loss that would show it, and fp16 holds no number above 65,504."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ConversionError(
+            f"{bad[0]}: must have finite weights, got others in type {str(model.dtype).removeprefix('torch.')}. "
+            "Lower lr, or store the base model in bf16."
+        )
 
 
 def read_stored_dtype(hf_dir: Path) -> torch.dtype:

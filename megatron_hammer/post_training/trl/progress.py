@@ -1,4 +1,6 @@
-"""One line on stderr for every log of the training; a loss that is not a number ends it."""
+"""One line on stderr for every log of the training; a loss that is not a number ends it, as does a warm-up that
+outlasts it.
+"""
 
 import math
 import sys
@@ -6,13 +8,26 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import ConfigError, DataError
 
 SHOWN = {"loss": "loss", "learning_rate": "lr", "accuracy": "accuracy", "rewards/accuracies": "accuracy"}
 
 
 class ShowProgress(TrainerCallback):
     """Prints step, loss, learning rate and, of preferences, the share in which the chosen answer wins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Only here is the number of steps known, where the recipe counts epochs."""
+        if args.warmup_steps >= state.max_steps:
+            raise ConfigError(
+                f"lr_warmup_steps: must be below the {state.max_steps:,} steps of the training, got "
+                f"{args.warmup_steps:g}: lr would never be reached. Lower it, or train longer."
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> Any:
+        """The last step is logged whatever log_interval is, so that its loss is checked and reported."""
+        control.should_log |= state.global_step >= state.max_steps
+        return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **options: Any) -> None:
         """Called by transformers on every process."""

@@ -117,6 +117,8 @@ def build_trainer(
     lora: Lora | None,
 ) -> Any:
     """The trainer of a stage. model: loaded from a path, from which DPO loads the reference model once more."""
+    if lora is not None:
+        require_modules(model, lora)
     trainers = {"sft": SFTTrainer, "reward": RewardTrainer, "dpo": EncodedDPOTrainer}
     return trainers[stage](
         model=model,
@@ -126,6 +128,22 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=None if lora is None else build_lora(stage, lora),
     )
+
+
+def require_modules(model: Any, lora: Lora) -> None:
+    """Raise ConfigError for names that no module of the model has; PEFT passes over them if another one fits."""
+    names = [name for name, _ in model.named_modules() if name]
+    problems = []
+    for field in ("target_modules", "modules_to_save"):
+        for wanted in getattr(lora, field):
+            # As PEFT compares: the whole name of a module, or its end.
+            if not any(f".{name}".endswith(f".{wanted}") for name in names):
+                endings = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+                problems.append(f"lora.{field}: must name modules of the model, got {wanted}. It has {endings}.")
+    if both := sorted({*lora.target_modules} & {*lora.modules_to_save}):
+        problems.append(f"lora: a module has an adapter or is trained whole, got {both[0]} for both. Keep one of them.")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def build_lora(stage: Stage, lora: Lora) -> LoraConfig:
