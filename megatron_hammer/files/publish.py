@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_hammer.errors import OutputError
+from megatron_hammer.files.read import is_permitted
 
 # EDQUOT: the quota of the user is used up. EFBIG: the largest file of this disk, or of `ulimit -f`.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -112,7 +113,14 @@ def publish_results(contents: Mapping[Path, str | bytes], *, mark: str = OWN_MAR
 
 
 def require_results(paths: Iterable[Path], *, mark: str = OWN_MARK) -> None:
-    """Raise OutputError if files are in these places of which none has the mark: something else wrote them."""
+    """Raise OutputError if files are in these places of which none has the mark: something else wrote them.
+
+    Also if a file is in the place of a folder on the way, or the folder cannot be written: a command that computes for
+    minutes calls this first.
+    """
+    paths = list(paths)
+    for path in paths:
+        _require_folder(path)
     present = [path for path in paths if _is_filled(path)]
     if present and not any(mark.encode() in path.read_bytes() for path in present):
         raise _not_replaced(present[0])
@@ -141,6 +149,20 @@ def begins_with(mark: bytes) -> Callable[[Path], bool]:
             return file.read(len(mark)) == mark
 
     return test
+
+
+def _require_folder(path: Path) -> None:
+    """Raise OutputError unless the file's folder can be written, or made in the nearest one that exists."""
+    folder = path.absolute().parent
+    # os.path, since pathlib raises where a folder on the way may not be entered.
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        raise cannot_write(path, OSError(errno.ENOTDIR, f"{folder} is not a folder"))
+    if not is_permitted(folder, os.W_OK | os.X_OK):
+        raise cannot_write(path, OSError(errno.EACCES, f"{folder} is not writable"))
+    if os.path.isdir(path):
+        raise cannot_write(path, OSError(errno.EISDIR, "a folder has this name"))
 
 
 def _is_filled(path: Path) -> bool:

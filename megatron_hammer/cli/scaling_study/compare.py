@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hammer.cli.scaling_study.result_files import describe_place, write_results
+from megatron_hammer.cli.scaling_study.result_files import describe_place, require_folder, write_results
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the decisions and the tables. Raises ConfigError, after everything is written, if no option fits."""
     studies = build_studies(arguments)
     grids = [_select_value(study, _read_values(arguments, "grid-kgco2-per-kwh")) for study in studies]
+    require_folder(arguments.output_dir, ("comparison.json", "comparison.csv", "comparison.png"))
     coefficients = load_coefficients(arguments.coefficients)
     search = build_search(coefficients)
     options = []

@@ -12,6 +12,7 @@ import json
 import math
 from pathlib import Path
 
+from megatron_hammer.cli.scaling_study.result_files import require_folder
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, FlopConvention
@@ -100,6 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_arguments(arguments)
     flops = None if arguments.flop_convention == SIX_ND else arguments.flop_convention
     runs = read_loss_runs(arguments, flops)
+    require_folder(arguments.output_dir, ("loss_law.json", "loss_law.png"))
     fit = fit_loss_law(
         runs, num_samples=arguments.bootstrap_samples, confidence=arguments.confidence, seed=arguments.seed
     )

@@ -21,6 +21,7 @@ from megatron_hammer.cli.scaling_study.fit import (
     read_loss_runs,
 )
 from megatron_hammer.cli.scaling_study.goodput import add_operation_arguments, build_operations
+from megatron_hammer.cli.scaling_study.result_files import require_folder
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     operations = build_operations(arguments)
     study = build_study(arguments, arguments.read_hf_model)
     target = build_target(arguments, study)
+    require_folder(arguments.output_dir, ("plan.json",))
     fit = fit_loss_law(read_loss_runs(arguments), seed=arguments.seed)
     cost = six_nd_cost(describe_size(arguments))
     chosen = choose_run(fit, cost, target, study.model, arguments.parameters)

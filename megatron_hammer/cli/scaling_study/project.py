@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_hammer.cli.scaling_study.result_files import describe_place
+from megatron_hammer.cli.scaling_study.result_files import describe_place, require_folder
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"usd-per-gpu-hour: must come with a number of tokens, got {arguments.usd_per_gpu_hour:g} for a model "
             "without a recipe. Pass --train-tokens, or leave the price out."
         )
+    require_folder(arguments.output_dir, ("projection.json", "projection.csv", "report.html"))
     coefficients = load_coefficients(arguments.coefficients)
     predict = partial(predict_step, coefficients=coefficients)
     # Before the search, so that an unreadable file is reported at once.

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hammer.cli.scaling_study.result_files import describe_place, write_results
+from megatron_hammer.cli.scaling_study.result_files import describe_place, require_folder, write_results
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"gpus: must be one number of GPUs, got {counts}. Vary it with --vary gpus=x2.")
     case = Case(study=study, coefficients=load_coefficients(arguments.coefficients))
     variations = list_usual_variations(case) if arguments.vary is None else read_variations(arguments.vary, case)
+    require_folder(arguments.output_dir, ("sensitivity.json", "sensitivity.csv", "sensitivity.png"))
     result = estimate_sensitivity(case, variations, lambda label: print(f"search: {label}", file=sys.stderr))
     document = format_json(build_document(result))
     if arguments.output_dir is not None:

@@ -25,8 +25,8 @@ from megatron_hammer.scaling.hardware.catalogue import (
 )
 from megatron_hammer.scaling.plan import DISPATCHERS, NATURAL_IMBALANCE_RATIO, PRECISIONS, Cluster, ExpertOptions, Gpu
 from megatron_hammer.scaling.search.projection import MEMORY_MARGIN_RATIO, Study
-from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace, is_cpu_host
-from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study_problems
+from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SIZE_FLAGS, SearchSpace, is_cpu_host
+from megatron_hammer.scaling.search.study_problems import find_study_problems, refuse_without_experts
 
 # Of a GPU's memory that a plan may need by default: the rest is for the error of the estimate.
 USABLE_MEMORY_RATIO = 0.95
@@ -179,6 +179,8 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         ),
         **_select_batch(arguments, recipe, problems),
     )
+    if model.moe is None and arguments.moe_imbalance is not None:
+        problems.append(refuse_without_experts("moe-imbalance", model.name))  # also of its default value
     problems += find_study_problems(study)
     if problems:
         # Each once: a stand-in value may cause a problem that is already listed.

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.cli.scaling_study.result_files import require_folder
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Not argparse's default, with which --memory alone would validate the runs too.
         arguments.runs = PUBLISHED_RUNS_PATH
     _check_arguments(arguments)
+    require_folder(arguments.output_dir, ("validation.json", "validation.csv", "validation.png"))
     report = None if arguments.runs is None else _validate(arguments)
     memory = None if arguments.memory is None else _validate_memory(arguments.memory)
     document: dict[str, Any] = {"format": "megatron_hammer.scaling.validation"}

@@ -19,6 +19,7 @@ OffloadModule = Literal[
     "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act", "fused_group_mlp"
 ]
 OFFLOAD_MODULES: tuple[OffloadModule, ...] = get_args(OffloadModule)
+EXPERT_OFFLOAD_MODULES: tuple[OffloadModule, ...] = OFFLOAD_MODULES[-3:]
 # Two of this package (model/cross_entropy.py, chunked_cross_entropy.py), and five that only published runs have: three
 # of Megatron (without --cross-entropy-loss-fusion, and its two implementations), and PyTorch's, compiled or not.
 CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te", "eager", "compiled"]

@@ -16,7 +16,7 @@ from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.report.projection_file import SavedRow
 from megatron_hammer.scaling.report.saved_study import SavedStudy
 from megatron_hammer.scaling.search.search import Search, build_search
-from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS
+from megatron_hammer.scaling.search.search_space import SIZE_FLAGS
 from megatron_hammer.scaling.sensitivity.sensitivity import CarriedPlan, carry_plan
 from megatron_hammer.scaling.sensitivity.variations import Case
 

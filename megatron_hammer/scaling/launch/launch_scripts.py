@@ -226,6 +226,9 @@ def list_environment(launch: Launch) -> list[tuple[str, str, str]]:
         variables.append(("CUDA_DEVICE_MAX_CONNECTIONS", "1", reason))
     reason = "The allocator then reuses freed memory for tensors of any size; the plan's memory is estimated so."
     variables.append(("PYTORCH_ALLOC_CONF", "expandable_segments:True", reason))
+    if plan.offload_modules:
+        reason = "TransformerEngine would offload weights too, and Megatron refuses to start without it."
+        variables.append(("NVTE_CPU_OFFLOAD_V1", "1", reason))
     variables.append(("NCCL_DEBUG", "WARN", "NCCL then prints why it fails, and nothing else. Its default is silence."))
     return variables
 
@@ -235,7 +238,9 @@ def select_backend(plan: Plan) -> str:
     is_low = plan.precision in LOW_PRECISIONS
     is_cpu = plan.cluster.full_speed_processes_per_node is not None
     is_grouped = plan.model.moe is not None and plan.experts.has_grouped_gemm and not is_cpu
+    is_offloaded = bool(plan.offload_modules or plan.num_offloaded_layers)
     needs_te = plan.layout.context_parallel_size > 1 or is_low or plan.overlaps_tensor_parallel or is_grouped
+    needs_te = needs_te or is_offloaded
     return "te" if needs_te else "auto"
 
 

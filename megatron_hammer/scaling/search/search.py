@@ -41,6 +41,7 @@ from megatron_hammer.scaling.search.search_space import (
     SearchSpace,
     can_overlap_experts,
     can_overlap_tensor_parallel,
+    describe_restrictions,
     has_quantized_parameters,
     is_cpu_host,
     list_dispatchers,
@@ -434,8 +435,8 @@ def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure |
     if least is None:
         return (
             f"gpus: {study.model.name} must divide over them, got gpus={num_gpus}, global_batch_size={batch}, "
-            f"seq_length={study.seq_length}: no layout of the search is whole. Use a power of two or another batch, "
-            "or widen the restrictions."
+            f"seq_length={study.seq_length}: no layout of the search is whole{describe_restrictions(study.space)}. "
+            "Use a power of two or another batch, or widen the restrictions."
         )
     plan, memory = least
     state_bytes = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes

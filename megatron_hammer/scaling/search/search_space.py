@@ -18,7 +18,7 @@ from megatron_hammer.model.accounting import (
     find_split_problems,
 )
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.model.memory.options import OffloadModule, RecomputeModule
+from megatron_hammer.model.memory.options import EXPERT_OFFLOAD_MODULES, OffloadModule, RecomputeModule
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import FUSED_DISPATCHERS, Cluster, Dispatcher, Plan, Precision, Recompute, Sharding
 
@@ -51,6 +51,18 @@ class SearchSpace:
     dispatchers: tuple[Dispatcher, ...] | None = None  # of experts, all installed; None: the study's own only
 
 
+# Restrictions that are sizes, by their flags.
+SIZE_FLAGS = {
+    "tensor_model_parallel_sizes": "tensor-model-parallel-size",
+    "pipeline_model_parallel_sizes": "pipeline-model-parallel-size",
+    "virtual_pipeline_model_parallel_sizes": "virtual-pipeline-model-parallel-size",
+    "context_parallel_sizes": "context-parallel-size",
+    "expert_model_parallel_sizes": "expert-model-parallel-size",
+    "expert_tensor_parallel_sizes": "expert-tensor-parallel-size",
+    "micro_batch_sizes": "micro-batch-size",
+}
+
+
 class Recomputation(NamedTuple):
     """What a plan recomputes; modules: of "selective"."""
 
@@ -65,6 +77,14 @@ class Grid(NamedTuple):
     cp: int
     pp: int
     dp: int
+
+
+def describe_restrictions(space: SearchSpace) -> str:
+    """What was asked for of layouts, as flags: it may be what no layout can fulfil."""
+    lists = {flag: getattr(space, name) for name, flag in SIZE_FLAGS.items()}
+    lists["sharding"] = None if space.shardings == SHARDINGS else space.shardings
+    given = [f"--{flag} {','.join(map(str, values))}" for flag, values in lists.items() if values is not None]
+    return f" with {' '.join(given)}" if given else ""
 
 
 def is_cpu_host(cluster: Cluster) -> bool:
@@ -113,12 +133,17 @@ def list_recomputations(
         kept = tuple(module for module in cheap if module not in ("moe_act", "shared_experts"))
         whole: RecomputeModule = "moe" if has_experts else "mlp"
         selections = [selection for selection in (cheap, (*kept, whole)) if selection]
+        if any(module in EXPERT_OFFLOAD_MODULES for module in space.offload_modules):
+            # Megatron refuses to offload from within a mixture that is repeated as a whole.
+            selections = [selection for selection in selections if "moe" not in selection]
     options = {
         "none": [Recomputation("none")],
         "selective": [Recomputation("selective", selection) for selection in selections],
         "full": [Recomputation("full")],
     }
-    return [option for name in RECOMPUTES if name in space.recomputes for option in options[name]]
+    # Full recomputation keeps nothing that offloaded modules would move.
+    allowed = [name for name in space.recomputes if name != "full" or not space.offload_modules]
+    return [option for name in RECOMPUTES if name in allowed for option in options[name]]
 
 
 def list_micro_batch_sizes(layout: ParallelLayout, global_batch_size: int, space: SearchSpace) -> list[int]:

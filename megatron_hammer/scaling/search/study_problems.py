@@ -4,20 +4,11 @@ import math
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.scaling.plan import FUSED_DISPATCHERS
-from megatron_hammer.scaling.search.projection import DEFAULT_EXPERTS, Study, select_peak_tflops
-from megatron_hammer.scaling.search.search_space import is_cpu_host
+from megatron_hammer.model.memory.options import EXPERT_OFFLOAD_MODULES
+from megatron_hammer.scaling.plan import FUSED_DISPATCHERS, NATURAL_IMBALANCE_RATIO
+from megatron_hammer.scaling.search.projection import Study, select_peak_tflops
+from megatron_hammer.scaling.search.search_space import SIZE_FLAGS, is_cpu_host, list_recomputations
 
-# Restrictions that are sizes, by their flags.
-SIZE_FLAGS = {
-    "tensor_model_parallel_sizes": "tensor-model-parallel-size",
-    "pipeline_model_parallel_sizes": "pipeline-model-parallel-size",
-    "virtual_pipeline_model_parallel_sizes": "virtual-pipeline-model-parallel-size",
-    "context_parallel_sizes": "context-parallel-size",
-    "expert_model_parallel_sizes": "expert-model-parallel-size",
-    "expert_tensor_parallel_sizes": "expert-tensor-parallel-size",
-    "micro_batch_sizes": "micro-batch-size",
-}
 # Beyond every cluster and batch. The search lists the divisors of these numbers, which takes their square root.
 LARGEST_SIZE = 10**9
 LARGEST_LAYERS = 2_000  # twice the deepest published model; stages are counted layer by layer
@@ -51,11 +42,19 @@ def _find_routing_problems(study: Study) -> list[str]:
             f"moe-dispatcher: must be alltoall or allgather on CPU processes, got {', '.join(fused)}, "
             f"cluster={study.cluster.name}. Drop it."
         )
-    if study.model.moe is None and (study.experts != DEFAULT_EXPERTS or study.space.dispatchers is not None):
-        problems.append(
-            f"moe-dispatcher and moe-imbalance: need a model with experts, got {study.model.name}. Drop them."
-        )
+    if study.model.moe is None:
+        given = {
+            "moe-dispatcher": study.space.dispatchers is not None or study.experts.dispatcher != "alltoall",
+            "moe-imbalance": ratio != NATURAL_IMBALANCE_RATIO,
+            "moe-comm-overlap": study.space.overlaps_experts is not None,
+        }
+        problems += [refuse_without_experts(flag, study.model.name) for flag, is_given in given.items() if is_given]
     return problems
+
+
+def refuse_without_experts(flag: str, model: str) -> str:
+    """The problem of a flag that would have no effect on this model."""
+    return f"{flag}: must be left out for a model without experts, got it for {model}. Drop it."
 
 
 def _find_depth_problems(study: Study) -> list[str]:
@@ -138,6 +137,7 @@ def _find_offload_problems(study: Study) -> list[str]:
     space = study.space
     num_layers, modules, ratio = space.num_offloaded_layers, space.offload_modules, space.optimizer_offload_ratio
     stages = space.pipeline_model_parallel_sizes
+    in_experts = [name for name in modules if name in EXPERT_OFFLOAD_MODULES]
     checks = [
         (
             0 <= num_layers < study.model.num_layers,
@@ -158,6 +158,21 @@ def _find_offload_problems(study: Study) -> list[str]:
             not (num_layers and modules),
             f"offload-modules: must be passed without --cpu-offloading-num-layers, got {', '.join(modules)}. "
             "Drop one of the two.",
+        ),
+        (
+            not in_experts or study.model.moe is not None,
+            f"offload-modules: must be of a model with experts for {', '.join(in_experts)}, got {study.model.name}. "
+            "Drop them.",
+        ),
+        (
+            "fused_group_mlp" not in modules,
+            "offload-modules: must be without fused_group_mlp, whose kernel no training here has, got "
+            f"{', '.join(modules)}. Pass expert_fc1,moe_act.",
+        ),
+        (
+            bool(list_recomputations(study.model, study.precision, study.cluster, space)),
+            f"recompute: must keep what --offload-modules {','.join(modules)} moves to the host, got "
+            f"{', '.join(space.recomputes)}. Add none to it.",
         ),
         (
             "attn_proj" not in modules or "core_attn" in modules,

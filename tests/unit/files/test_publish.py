@@ -19,6 +19,7 @@ from megatron_hammer.files.publish import (
     publish_path,
     publish_results,
     require_places,
+    require_results,
 )
 
 ERRORS = [KeyboardInterrupt(), ValueError(), OSError(errno.EIO, "broken")]
@@ -310,3 +311,16 @@ def test_two_outputs_have_two_names(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(OutputError, match=r"link/a: two outputs must have two names, got \S+/a for both"):
         require_places((tmp_path / "a", begins_with(b"")), (tmp_path / "link" / "a", begins_with(b"")))
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "result.json").mkdir()
+    for path, reason in (
+        (tmp_path / "file" / "new" / "a.json", "is not a folder"),
+        (tmp_path / "result.json", "folder"),
+    ):
+        with pytest.raises(OutputError, match=f"{path}: file cannot be written .*{reason}"):
+            require_results([path])
+    require_results([tmp_path / "new" / "folder" / "a.json"])
+    assert not (tmp_path / "new").exists()

@@ -122,6 +122,13 @@ def test_preflight_counts_the_memory_that_the_plan_was_chosen_for(changes: dict[
         assert (memory.recompute_method, memory.recompute_num_layers) == ("block", 3)
 
 
+def test_offloading_has_what_megatron_asks_for() -> None:
+    launch = build(offload_modules=("core_attn",))
+    assert read_values(launch)["NVTE_CPU_OFFLOAD_V1"] == "1"
+    assert select_backend(launch.plan) == "te"
+    assert "NVTE_CPU_OFFLOAD_V1" not in read_values(build())
+
+
 def test_shards_smaller_than_the_data_ranks() -> None:
     layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "data_parallel_size": 16}
     assert (

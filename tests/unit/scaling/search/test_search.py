@@ -336,6 +336,10 @@ def test_a_size_without_a_whole_layout_is_a_problem() -> None:
         "hammer-1b4 must divide over them",
         "got gpus=13, global_batch_size=32, seq_length=2048",
     )
+    # FSDP has no pipeline stages, whatever the number of GPUs.
+    space = SearchSpace(pipeline_model_parallel_sizes=(2,), shardings=("fsdp",))
+    size = Search(predict=predict).search_plans(build_toy_study(space=space), 8)
+    assert_problem(size.problem, "no layout", "with --pipeline-model-parallel-size 2 --sharding fsdp", "widen")
 
 
 def test_plans_in_words() -> None:

@@ -250,6 +250,15 @@ def list_selections(
     return [option.modules for option in selective]
 
 
+def test_what_is_offloaded_is_not_recomputed_as_a_whole() -> None:
+    moe = select_preset("tiny-llm-zh-moe").model
+    inside, outside = (SearchSpace(offload_modules=(module,)) for module in ("moe_act", "core_attn"))
+    options = list_recomputations(moe, "bf16", CLUSTER, inside)
+    assert [(one.granularity, "moe" in one.modules) for one in options] == [("none", False), ("selective", False)]
+    assert [one.modules for one in list_recomputations(moe, "bf16", CLUSTER, outside)][-1] == ("layernorm", "moe")
+    assert list_recomputations(moe, "fp8", CLUSTER, replace(inside, recomputes=("full",))) == []
+
+
 def test_selective_recomputation_repeats_what_is_cheap_first() -> None:
     dense, moe = select_preset("hammer-1b4").model, select_preset("tiny-llm-zh-moe").model
     assert list_selections(dense) == [("layernorm",), ("layernorm", "mlp")]

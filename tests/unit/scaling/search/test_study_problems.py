@@ -10,6 +10,7 @@ from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.hardware.catalogue import select_gpu
 from megatron_hammer.scaling.plan import ExpertOptions
+from megatron_hammer.scaling.search.projection import DEFAULT_EXPERTS
 from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.search.study_problems import find_study_problems
 from tests.helpers.toy_study import CLUSTER, build_toy_study
@@ -84,6 +85,23 @@ def test_a_good_study_has_no_problems() -> None:
             "Add core_attn.",
         ),
         (
+            {"space": SearchSpace(offload_modules=("core_attn", "moe_act"))},
+            "offload-modules: must be of a model with experts for moe_act, got hammer-1b4. Drop them.",
+        ),
+        (
+            {"model": MOE, "space": SearchSpace(offload_modules=("fused_group_mlp",))},
+            "offload-modules: must be without fused_group_mlp, whose kernel no training here has, got fused_group_mlp. "
+            "Pass expert_fc1,moe_act.",
+        ),
+        (
+            {"space": SearchSpace(offload_modules=("mlp_norm",), recomputes=("full",))},
+            "recompute: must keep what --offload-modules mlp_norm moves to the host, got full. Add none to it.",
+        ),
+        (
+            {"space": SearchSpace(overlaps_experts=False)},
+            "moe-comm-overlap: must be left out for a model without experts, got it for hammer-1b4. Drop it.",
+        ),
+        (
             {"space": SearchSpace(optimizer_offload_ratio=1.5, shardings=("distributed_optimizer",))},
             "optimizer-offload-fraction: must be from 0 to 1, got 1.5. Pass 1 to move all of the optimizer.",
         ),
@@ -139,12 +157,12 @@ def test_a_good_study_has_no_problems() -> None:
             "moe-imbalance: must be at least 1, got 0.5. Pass 1 for tokens that are spread evenly.",
         ),
         (
-            {"experts": ExpertOptions(dispatcher="deepep")},
-            "moe-dispatcher and moe-imbalance: need a model with experts, got hammer-1b4. Drop them.",
+            {"experts": replace(DEFAULT_EXPERTS, dispatcher="deepep")},
+            "moe-dispatcher: must be left out for a model without experts, got it for hammer-1b4. Drop it.",
         ),
         (
             {"space": SearchSpace(dispatchers=("alltoall",))},
-            "moe-dispatcher and moe-imbalance: need a model with experts, got hammer-1b4. Drop them.",
+            "moe-dispatcher: must be left out for a model without experts, got it for hammer-1b4. Drop it.",
         ),
         (
             {
