@@ -1,12 +1,13 @@
 """Scores of the checkpoints of a run against the tokens that they were trained on, as a PNG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 PLOT_DOTS_PER_INCH = 120
 PANEL_INCHES = 8, 5
+BAND_OPACITY = 0.4  # of all intervals together
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +22,22 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """chance: the score of guessing; None where it has none."""
+    """chance: the score of guessing; None where it has none. levels: by label, values of models that are no part of the
+    run.
+    """
 
     label: str
     points: Sequence[Point]
     chance: float | None = None
+    levels: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """Curves of one unit. levels: by label, values of models that are no part of a run."""
+    """Curves of one unit."""
 
     unit: str
     curves: list[Curve] = field(default_factory=list)
-    levels: dict[str, float] = field(default_factory=dict)
     is_logarithmic: bool = False
 
 
@@ -50,14 +53,14 @@ def draw_panels(panels: Sequence[Panel]) -> bytes:
             tokens = [point.num_tokens for point in points]
             (line,) = axes.plot(tokens, [point.value for point in points], marker="o", label=curve.label)
             lows, highs = [point.low for point in points], [point.high for point in points]
-            axes.fill_between(tokens, lows, highs, color=line.get_color(), alpha=0.2)
+            axes.fill_between(tokens, lows, highs, color=line.get_color(), alpha=BAND_OPACITY / len(panel.curves))
             if curve.chance is not None:
                 axes.axhline(curve.chance, color=line.get_color(), linestyle=":", linewidth=1)
-        for number, (label, value) in enumerate(panel.levels.items(), start=len(panel.curves)):
-            axes.axhline(value, color=f"C{number}", linestyle="--", label=label)
+            for label, value in curve.levels.items():
+                axes.axhline(value, color=line.get_color(), linestyle="--", linewidth=1, label=label)
         axes.set(xlabel="trained tokens", ylabel=panel.unit, yscale="log" if panel.is_logarithmic else "linear")
         axes.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))  # beside the axes: there may be many
     return save_png(figure)
 
 

@@ -102,8 +102,28 @@ def test_a_run_becomes_a_table_of_benchmark_scores_too(
         for step in (10, 20)
         for metric in ("acc", "perplexity", "bits_per_byte")
     ]
-    assert re.search(r"run@20 +320k +\d+.00 ± 0.00 +\d+", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"run@20 +320k +\d+.00 ± 0.00 +\d+", printed)
+    assert f"perplexity per token of {folder / 'letters' / 'tokenizer.json'}" in printed
     assert (tmp_path / "report" / "scores.png").stat().st_size > 1000
+
+
+def test_both_commands_give_models_of_other_tokenizers_one_reference(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "suite.toml"
+    suite.write_text(f'domains.lazy = "{folder}/lazy.jsonl"\nbos = "bos"\n')
+    models_ = [str(folder / "run"), str(folder / "hf"), str(folder / "diverged")]
+    evaluate.main([*models_, "--suite", str(suite), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    found = [score["value"] for model in report["models"] for score in model["scores"]]
+    main(["--models", *models_, "--domains", str(folder / "lazy.jsonl"), "--bos", "bos", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert found == [row[name] for row in rows for name in ("perplexity", "bits_per_byte")]
+    assert any(
+        f"diverged: lazy has no figure and is not in the average: the loss is not a finite number at {folder}" in note
+        for note in report["notes"]
+    )
 
 
 def test_a_document_without_a_number_is_named_and_not_averaged(

@@ -11,6 +11,7 @@ import pytest
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.errors import DataError
 from megatron_hammer.evaluation.benchmarks.offline import forbid_network
+from megatron_hammer.evaluation.benchmarks.reports import build_report
 from megatron_hammer.evaluation.benchmarks.run import Evaluated, Questions, evaluate_model, read_domains, read_questions
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.perplexity.formula import estimate_domain
@@ -141,6 +142,7 @@ def test_texts_of_a_suite_score_as_with_the_command_for_perplexity(folder: Path,
         assert bits.num_questions == 2
         assert bits.standard_error is not None
         assert 0 < bits.standard_error < bits.value
+        assert any("2 documents of" in note for note in build_report([evaluated], suite)["notes"])
     with pytest.raises(DataError, match="nowhere"):
         read_domains(EvaluationSuite(domains={"zh": "nowhere.jsonl"}))
 

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.evaluation.benchmarks.run import Evaluated
 from megatron_hammer.evaluation.benchmarks.scores import COLUMNS, Score, format_value, is_share, list_rows
+from megatron_hammer.evaluation.perplexity.report import list_notes
 from megatron_hammer.evaluation.token_plot import Curve, Panel, Point, draw_panels, format_tokens
 from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_directory
@@ -27,6 +28,7 @@ def build_report(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> dict
     return {
         "lm_eval": importlib.metadata.version("lm_eval"),
         "suite": dataclasses.asdict(suite),
+        "notes": describe_recipe(evaluated, suite),
         "models": [
             {
                 "name": model.name,
@@ -52,10 +54,12 @@ def print_scores(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> None
 
 
 def describe_recipe(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> list[str]:
-    """How the texts began, and what was left out."""
+    """How the texts began, what was left out, and what was noticed."""
     lines = [f"{model.name}: {model.precision}, before texts: {FIRST_TOKENS[model.bos]}" for model in evaluated]
     if suite.limit is not None:
         lines.append(f"the first {suite.limit} questions of each task: not comparable with published scores")
+    if texts := [model.texts for model in evaluated if model.texts is not None]:
+        lines += [f"perplexity per token of {evaluated[0].reference}", *list_notes(texts)]
     version = importlib.metadata.version("lm_eval")
     return [*lines, f"lm-eval {version}; score, standard error (s.e.) and chance in per cent"]
 
@@ -108,10 +112,12 @@ def build_panels(evaluated: Sequence[Evaluated]) -> list[Panel]:
         panel = panels.setdefault(unit, Panel(unit=unit, is_logarithmic=unit == "perplexity"))
         chance = None if first.chance is None else factor * first.chance
         points = [_build_point(model, label, factor) for model in series]
-        panel.curves.append(Curve(label=label, points=points, chance=chance))
-        for model in evaluated:
-            if model not in series:
-                panel.levels[f"{label}, {model.name}"] = factor * _list_headlines(model)[label].value
+        levels = {
+            f"{label}, {model.name}": factor * _list_headlines(model)[label].value
+            for model in evaluated
+            if model not in series
+        }
+        panel.curves.append(Curve(label=label, points=points, chance=chance, levels=levels))
     return list(panels.values())
 
 

@@ -6,7 +6,7 @@ Read next: tasks.py for what is asked, scored_model.py for how a model answers, 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, is_pair, read_domain
 from megatron_hammer.evaluation.perplexity.formula import estimate_domain
-from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, measure_model
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, measure_model
 from megatron_hammer.evaluation.scorers.megatron_ranks import is_first_process
 from megatron_hammer.evaluation.scorers.named_models import NamedModel
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 # Draws for the standard errors of metrics that are no means; means need none.
 BOOTSTRAP_DRAWS = 1000
@@ -32,7 +32,8 @@ NORMAL_INTERVAL = 2 * 1.96  # standard errors in an interval of 95 %
 class Evaluated:
     """name: of the model, for tables. bos: what stood before texts: bos, eod or none. samples: of lm-eval.
 
-    num_trained_tokens: None where it is not known. run: of NamedModel.
+    num_trained_tokens: None where it is not known. texts: what was measured on the texts of the suite. reference: the
+    tokenizer by whose tokens their perplexity counts. run: of NamedModel.
     """
 
     name: str
@@ -41,16 +42,22 @@ class Evaluated:
     num_trained_tokens: int | None
     scores: Sequence[Score]
     samples: Sequence[dict[str, Any]]
+    texts: ModelScores | None = None
+    reference: str | None = None
     run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
-    """What a suite asks, read once for all models. loads: lm-eval's tasks by number of examples."""
+    """What a suite asks, read once for all models. loads: lm-eval's tasks by number of examples.
+
+    references: empty until the first model gives its tokenizer, by whose tokens the perplexity of all models counts.
+    """
 
     suite: EvaluationSuite
     loads: Mapping[int, dict[str, Any]]
     domains: Sequence[Domain]
+    references: list[Encoder] = field(default_factory=list)
 
 
 def read_questions(suite: EvaluationSuite) -> Questions:
@@ -69,8 +76,12 @@ def evaluate_model(model: NamedModel, questions: Questions, options: ScorerOptio
     def work(scorer: Scorer) -> Evaluated:
         scorer.name = model.name or scorer.name
         evaluated = evaluate_scorer(scorer, model.path, questions.suite, questions.loads)
-        of_texts = score_domains(scorer, questions.suite, questions.domains)
-        return replace(evaluated, scores=[*evaluated.scores, *of_texts], run=model.run)
+        questions.references[:] = questions.references or [scorer.encoder]
+        texts = measure_texts(scorer, questions) if questions.domains else None
+        of_texts = [] if texts is None else score_texts(texts)
+        reference = str(questions.references[0].path)
+        scores = [*evaluated.scores, *of_texts]
+        return replace(evaluated, scores=scores, texts=texts, reference=reference, run=model.run)
 
     return use_scorer(model.path, replace(options, iteration=model.iteration), work)
 
@@ -149,13 +160,16 @@ def read_domains(suite: EvaluationSuite) -> list[Domain]:
     return [read_domain(name, source, options) for name, source in suite.domains.items()]
 
 
-def score_domains(scorer: Scorer, suite: EvaluationSuite, domains: Sequence[Domain]) -> list[Score]:
-    """Perplexity per token of the model's own and bits per byte; NaN for a domain with a document without a number."""
-    if not domains:
-        return []
-    measured = measure_model(scorer, domains, MeasureOptions(bos=suite.bos), reference=scorer.encoder)
+def measure_texts(scorer: Scorer, questions: Questions) -> ModelScores:
+    """As the command for perplexity does."""
+    options = MeasureOptions(bos=questions.suite.bos)
+    return measure_model(scorer, questions.domains, options, reference=questions.references[0])
+
+
+def score_texts(texts: ModelScores) -> list[Score]:
+    """Perplexity and bits per byte; NaN for a domain with a document without a number."""
     scores = []
-    for domain in measured.domains:
+    for domain in texts.domains:
         estimates = estimate_domain(domain.losses)
         for metric, one in (("perplexity", estimates.perplexity), ("bits_per_byte", estimates.bits_per_byte)):
             error = (one.high - one.low) / NORMAL_INTERVAL

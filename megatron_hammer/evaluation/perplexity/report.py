@@ -115,18 +115,19 @@ def draw(models: Sequence[ModelScores]) -> bytes:
 
 
 def _draw_series(series: Sequence[ModelScores], models: Sequence[ModelScores]) -> bytes:
-    curves, levels = [], {}
+    curves = []
     for number, domain in enumerate(series[0].domains):
         points = []
         for model in series:
             one = estimate_domain(model.domains[number].losses).perplexity
             points.append(Point(model.num_trained_tokens or 0, one.value, one.low, one.high))
-        curves.append(Curve(label=domain.name, points=points))
-        for model in models:
-            if model not in series:
-                value = estimate_domain(model.domains[number].losses).perplexity.value
-                levels[f"{domain.name}, {model.name}"] = value
-    return draw_panels([Panel(unit="perplexity", curves=curves, levels=levels, is_logarithmic=True)])
+        levels = {
+            f"{domain.name}, {model.name}": estimate_domain(model.domains[number].losses).perplexity.value
+            for model in models
+            if model not in series
+        }
+        curves.append(Curve(label=domain.name, points=points, levels=levels))
+    return draw_panels([Panel(unit="perplexity", curves=curves, is_logarithmic=True)])
 
 
 def _draw_bars(models: Sequence[ModelScores]) -> bytes:

@@ -13,7 +13,7 @@ def test_everything_in_a_panel_is_drawn() -> None:
         for panels in (
             [Panel(unit="per cent", curves=[curve])],
             [Panel(unit="per cent", curves=[Curve(label="piqa", points=points, chance=25.0)])],
-            [Panel(unit="per cent", curves=[curve], levels={"hf": 25.0})],
+            [Panel(unit="per cent", curves=[Curve(label="piqa", points=points, levels={"hf": 25.0})])],
             [Panel(unit="per cent", curves=[curve], is_logarithmic=True)],
             [Panel(unit="per cent", curves=[curve]), Panel(unit="perplexity", curves=[curve])],
         )

@@ -57,8 +57,9 @@ def test_checkpoints_of_a_run_have_a_row_each_and_a_picture(tmp_path: Path) -> N
     assert "| hf | - | 62.50 ± 17.00 | 7.5000 |" in markdown
     assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
     # Shares, whatever their task, are one picture; a metric with a unit of its own is another.
-    assert [(panel.unit, len(panel.curves), [*panel.levels]) for panel in build_panels([*series, other])] == [
-        ("score in per cent", 1, ["piqa acc, 0-shot, hf"]), ("perplexity", 1, ["zh perplexity, 0-shot, hf"]),
+    panels = build_panels([*series, other])
+    assert [(panel.unit, [[*curve.levels] for curve in panel.curves]) for panel in panels] == [
+        ("score in per cent", [["piqa acc, 0-shot, hf"]]), ("perplexity", [["zh perplexity, 0-shot, hf"]]),
     ]  # fmt: skip
     # Two models that are no series have no line between them.
     assert build_panels([dataclasses.replace(model, run=None) for model in series]) == []
