@@ -339,7 +339,7 @@ def test_a_size_without_a_whole_layout_is_a_problem() -> None:
     # FSDP has no pipeline stages, whatever the number of GPUs.
     space = SearchSpace(pipeline_model_parallel_sizes=(2,), shardings=("fsdp",))
     size = Search(predict=predict).search_plans(build_toy_study(space=space), 8)
-    assert_problem(size.problem, "no layout", "with --pipeline-model-parallel-size 2 --sharding fsdp", "widen")
+    assert_problem(size.problem, "gpus", "no layout", "with --pipeline-model-parallel-size 2 --sharding fsdp", "widen")
 
 
 def test_plans_in_words() -> None:
