@@ -40,6 +40,11 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path:
         raise CheckpointError(f"{path}: checkpoint directory does not exist. Pass the directory given to --save.")
     # Before the tracker: `path` may be one iteration itself.
     if (path / ".metadata").is_file() or is_legacy(path):
+        if iteration is not None and path.resolve().name != name_folder(iteration):
+            raise CheckpointError(
+                f"{path}: must be a directory of iterations to choose one, got one of them and iteration={iteration}. "
+                "Pass the directory above it, or drop --iteration."
+            )
         return path
     if (path / LATEST_FILE).is_file() and iteration is None:
         tracker = read_tracker(path)

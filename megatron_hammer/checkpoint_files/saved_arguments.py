@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.errors import CheckpointError
+from megatron_hammer.errors import CheckpointError, DataError
 
+TOKENIZER_HASH = "tokenizer_sha256"  # an argument of our own
 # Today's name: (older names, the value from an older one). Source: core_transformer_config_from_args of core 0.4 to
 # 0.15, and load_args_from_checkpoint for disable_bias_linear.
 _RENAMED: dict[str, tuple[str, bool]] = {
@@ -121,13 +122,33 @@ def _is_positive(value: Any) -> bool:
 
 
 def find_saved_tokenizer(args: Any, directory: Path) -> Path | None:
-    """The tokenizer that these saved arguments name, or the one beside a converted checkpoint that has been moved.
+    """The tokenizer of these saved arguments: in the folder of a converted checkpoint, or where they say.
 
     directory: the folder of the iteration, where it lies now. None where they name none, or it is not here any more.
+    Raises CheckpointError if only others are in its places: a path may be relative to another folder, or be used again.
     """
     saved = getattr(args, "tokenizer_model", None)
     if not saved:
         return None
-    # A converted checkpoint has its tokenizer in its own folder, and the saved path is that of the old place.
-    beside = [parent / "tokenizer" for parent in (directory, directory.absolute().parent)]
-    return next((path for path in (Path(saved), *beside) if path.exists()), None)
+    # Of a converted checkpoint that was moved, the saved path is that of the old place.
+    places = (directory / "tokenizer", Path(saved), directory.absolute().parent / "tokenizer")
+    found = [path for path in places if path.exists()]
+    wanted = getattr(args, TOKENIZER_HASH, None)  # older versions and Megatron-LM's own loop save none
+    if wanted is None or not found:
+        return found[0] if found else None
+    hashes = [_hash_tokenizer(path) for path in found]
+    if wanted not in hashes:
+        raise CheckpointError(
+            f"{found[0]}: tokenizer must be the one that the checkpoint was trained with (sha256 {wanted[:12]}), got "
+            f"another (sha256 {str(hashes[0])[:12]}). Name the right one on the command line."
+        )
+    return found[hashes.index(wanted)]
+
+
+def _hash_tokenizer(path: Path) -> str | None:
+    from megatron_hammer.tokenizer.encoding.encoder import load_encoder  # loads two libraries
+
+    try:
+        return load_encoder(path).sha256
+    except DataError:
+        return None

@@ -21,6 +21,7 @@ with importing():
     from megatron_hammer.checkpoint.convert.to_hugging_face import (
         DEFAULT_MAX_SHARD_BYTES,
         DTYPES,
+        LARGEST_SHARD_GB,
         ExportOptions,
         ExportReport,
         export_to_hugging_face,
@@ -82,6 +83,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.no_tokenizer and arguments.chat_template:
         parser.error("--chat-template needs the tokenizer, got --no-tokenizer too")
+    if arguments.vocab_size is not None and arguments.vocab_size < 1:
+        parser.error(f"--vocab-size must be at least 1, got {arguments.vocab_size}")
+    if not 0 < arguments.max_shard_gb < LARGEST_SHARD_GB:
+        parser.error(f"--max-shard-gb must lie between 0 and {LARGEST_SHARD_GB:g}, got {arguments.max_shard_gb:g}")
     if arguments.bind_token and not arguments.chat_template:
         parser.error("--bind-token must come with --chat-template, got it alone")
     return arguments

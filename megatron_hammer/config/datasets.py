@@ -11,6 +11,7 @@ from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.data.order.order import MEGATRON
 from megatron_hammer.data.order.review import Record, build_record
 from megatron_hammer.platforms.agreement import ask_first_rank
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 
 def build_dataset_provider(arguments: ParsedArguments, plan: RunPlan, state: TrainingState) -> Any:
@@ -67,9 +68,13 @@ def build_run_record(plan: RunPlan) -> Record | None:
 
 
 def _record_order(plan: RunPlan, state: TrainingState) -> None:
-    """Put the record of the data order among Megatron's arguments, the same on every rank, for the checkpoints."""
+    """Put the records of data order and tokenizer among Megatron's arguments, on every rank, for the checkpoints."""
     # Only rank 0 reads the checkpoint: many ranks would read the same files from a shared file system.
-    state.data_order = ask_first_rank(lambda: build_run_record(plan))
+    path = plan.data.tokenizer_model
+    state.data_order, tokenizer_sha256 = ask_first_rank(
+        lambda: (build_run_record(plan), None if path is None else load_encoder(path).sha256)
+    )
+    state.record_tokenizer(tokenizer_sha256)
 
 
 def build_data_cache(arguments: ParsedArguments, plan: RunPlan, state: TrainingState) -> dict[str, int]:

@@ -71,9 +71,31 @@ def _validate(trial: argparse.Namespace) -> Any:
     from megatron.training.arguments import validate_args
 
     validate_args(trial)
+    if trial.step_batch_size_schedule is not None:
+        _validate_batch_schedule(trial)
     config = gpt_config_from_args(trial)
     pretrain_cfg_container_from_args(trial, config)
     return config
+
+
+def _validate_batch_schedule(trial: argparse.Namespace) -> None:
+    """Megatron reads the schedule once all ranks are up, and compares each batch with the ranks when it is its turn."""
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    try:
+        calculator = StepBatchsizeNumMicroBatchesCalculator(
+            micro_batch_size=trial.micro_batch_size,
+            data_parallel_size=trial.data_parallel_size * trial.gtp_weight_remat_size,
+            decrease_batch_size_if_needed=trial.decrease_batch_size_if_needed,
+            rank=trial.rank,
+            schedule=trial.step_batch_size_schedule,
+            seq_length=trial.seq_length,
+        )
+        # A run that continues may be beyond batches that were of another number of ranks.
+        for threshold, _ in calculator.schedule if trial.load is None else ():
+            calculator.update(threshold, consistency_check=True)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"step_batch_size_schedule={trial.step_batch_size_schedule}: {error}") from error
 
 
 def build_trial_ddp_config(trial: argparse.Namespace) -> Any:

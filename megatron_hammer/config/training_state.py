@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from megatron_hammer.checkpoint_files.saved_arguments import TOKENIZER_HASH
 from megatron_hammer.data.order.review import Record
 
 RECORD_NAME = "data_order_record"
@@ -57,3 +58,7 @@ class TrainingState:
     @data_order.setter
     def data_order(self, record: Record | None) -> None:
         setattr(self._namespace, RECORD_NAME, record)
+
+    def record_tokenizer(self, sha256: str | None) -> None:
+        """Save this hash of the tokenizer with every checkpoint, by which an export knows it again."""
+        setattr(self._namespace, TOKENIZER_HASH, sha256)

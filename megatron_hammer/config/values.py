@@ -59,6 +59,20 @@ RANGES: dict[str, tuple[float, float]] = {
     "gpu_memory_gib": (0, math.inf),
     "peak_tflops": (0, math.inf),
 }
+# The other numbers are at least 0, but for those to which Megatron gives a meaning below it, and those of which other
+# checks of preflight know more.
+MAY_BE_NEGATIVE = {
+    "inference_batch_times_seqlen_threshold",
+    "moe_paged_stash_buffer_size_factor_cpu",
+    "moe_paged_stash_buffer_size_factor_cuda",
+    "moe_router_force_biased",
+    "mscale",
+    "mscale_all_dim",
+    "mup_base_head_dim",
+    "null_tokenizer_pad_id",
+    "residual_multiplier",
+    "rl_default_top_k",
+}
 REMEDIES = {
     "num_layers": "Pass --preset hammer-1b4, or --num-layers",
     "vocab_size": "Pass --vocab-size with the size of your tokenizer",
@@ -109,5 +123,24 @@ def find_value_problems(flags: Flags) -> list[str]:
         if value is not None and not least <= value < below:
             bounds = f"finite and at least {least:g}" if below == math.inf else f"at least {least:g} and below {below}"
             problems.append(f"{flag_of(name)}: must be {bounds}, got {name}={value}. Pass a number in that range.")
+    problems += _find_negative_problems(flags)
     # Its checks divide by these numbers.
     return problems or find_expert_problems(flags)
+
+
+def _find_negative_problems(flags: Flags) -> list[str]:
+    """Typed numbers below 0 or not finite, of flags that have no range of their own above."""
+    ranged = {*COUNTS, *RANGES, *MAY_BE_NEGATIVE}
+    problems = []
+    for name in sorted(flags.typed - ranged):
+        value = flags.values.get(name)
+        if not all(map(_is_in_range, value if isinstance(value, list) else [value])):
+            problems.append(
+                f"{flag_of(name)}: must be finite and at least 0, got {name}={value}. Pass a number in that range."
+            )
+    return problems
+
+
+def _is_in_range(value: object) -> bool:
+    """Of what is no number, nothing is said here."""
+    return not isinstance(value, int | float) or 0 <= value < math.inf

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +58,8 @@ def parse_blend(flag: str, words: list[str]) -> tuple[tuple[DataSource, ...], li
         return (), [f"{flag}: must name prefixes, got {words}. Pass --{flag} PREFIX."]
     numbers = [_read_number(word) for word in words]
     if all(number is None for number in numbers):
-        return tuple(DataSource(prefix=word.strip(), weight=None) for word in words), []
+        named = tuple(DataSource(prefix=word.strip(), weight=None) for word in words)
+        return named, _find_repeated(flag, named)
     # Strictly in turn: a prefix that is a number, such as 2024, would otherwise be taken for a weight in silence.
     is_in_turn = len(words) % 2 == 0 and all(
         (number is not None) == (position % 2 == 0) for position, number in enumerate(numbers)
@@ -70,11 +73,20 @@ def parse_blend(flag: str, words: list[str]) -> tuple[tuple[DataSource, ...], li
         DataSource(prefix=prefix.strip(), weight=weight)
         for weight, prefix in zip(numbers[::2], words[1::2], strict=True)
     )
-    return sources, [
+    return sources, _find_repeated(flag, sources) + [
         f"{flag}: weights must be positive and finite, got weight={source.weight} for {source.prefix}. "
         "Give it a weight, or leave it out."
         for source in sources
         if source.weight is None or not 0 < source.weight < math.inf
+    ]
+
+
+def _find_repeated(flag: str, sources: Sequence[DataSource]) -> list[str]:
+    """A problem for each prefix that comes again: Megatron would draw the same samples of it in the same order."""
+    return [
+        f"{flag}: a data set must be named once, got {prefix} {times} times. Name it once, with a larger weight."
+        for prefix, times in Counter(source.prefix for source in sources).items()
+        if times > 1
     ]
 
 

@@ -81,6 +81,14 @@ class CommandParser(argparse.ArgumentParser):
                 flag, others = (f"--{words}".replace("_", "-").replace(" or ", " or --") for words in (name, needed))
                 self.error(f"{flag} needs {others}, got {name}={typed[name]} alone")
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except KeyError:  # of a type that looks names up, as Megatron's enumerations do; argparse expects ValueError
+            names = ", ".join(str(getattr(choice, "name", choice)) for choice in action.choices or ())
+            known = f"one of {names}" if names else "a name that it knows"
+            raise argparse.ArgumentError(action, f"must be {known}, got {text!r}") from None
+
     def error(self, message: str) -> Any:
         raise ConfigError(f"command line: {message}. See --help.")
 

@@ -165,6 +165,25 @@ def _require_folder(path: Path) -> None:
         raise cannot_write(path, OSError(errno.EISDIR, "a folder has this name"))
 
 
+def require_result_folder(folder: Path, name: str, *, mark: str = "", holds_only: str = ".*") -> None:
+    """Raise OutputError if a folder holds anything and is no earlier result, which has a file `name` with the mark.
+
+    holds_only: a regular expression for the names of a result's files; a file of another name is a user's own.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / name).is_file() or mark.encode() not in (folder / name).read_bytes():
+        lack = f"no {name} of this tool" if folder.is_dir() else "a file"
+        raise OutputError(
+            f"{folder}: --overwrite replaces an earlier result only, got {lack}. Choose another --save, or remove it."
+        )
+    if others := sorted(path.name for path in folder.iterdir() if not re.fullmatch(holds_only, path.name)):
+        raise OutputError(
+            f"{folder}: --overwrite replaces an earlier result only, got {', '.join(others[:5])} in it too. "
+            "Choose another --save, or move this away."
+        )
+
+
 def _is_filled(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 

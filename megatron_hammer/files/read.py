@@ -1,5 +1,6 @@
 """Whole files read, with one sentence for every file that cannot be."""
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -43,6 +44,24 @@ def read_text(path: Path, *, raises: type[HammerError] = DataError) -> str:
     except UnicodeDecodeError as error:
         where = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise raises(f"{path}: text must be UTF-8, got {where}. Convert the file with iconv.") from error
+
+
+def is_present(path: Path, *, raises: type[HammerError] = DataError) -> bool:
+    """Whether an optional file is there. Raises `raises` for a name that leads to none, such as a link to nothing.
+
+    `Path.is_file` takes such a file for one that was never written.
+    """
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if os.path.islink(path):  # False where even that cannot be known
+            raise raises(f"{path}: link must lead to a file, got {os.readlink(path)}. Repair or remove it.") from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise cannot_read(path, error, raises=raises) from error
+    if is_folder:
+        raise raises(f"{path}: must be a file, got a folder. Move it away.")
+    return True
 
 
 def refuse_pipes(folder: Path, *, raises: type[HammerError]) -> None:

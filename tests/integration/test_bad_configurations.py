@@ -129,6 +129,20 @@ BAD = {
     "no tensor ranks": (f"{TINY} --tensor-model-parallel-size 0", r"at least 1, got tensor_model_parallel_size=0"),
     "no heads": (f"{TINY} --num-attention-heads 0", r"must be at least 1, got num_attention_heads=0"),
     "a rate that is no number": (f"{TINY} --lr nan", r"lr: must be finite and at least 0, got lr=nan"),
+    "a decoupled rate below 0": (f"{TINY} --decoupled-lr -1e-3", r"decoupled-lr: must be finite and at least 0, got"),
+    "a spread that is no number": (
+        f"{TINY} --embedding-init-method-std nan",
+        r"embedding-init-method-std: must be fin",
+    ),
+    "steps before the first": (f"{TINY} --iterations-to-skip 3 -1", r"at least 0, got iterations_to_skip=\[3, -1\]"),
+    "a batch schedule that is none": (
+        f"{TINY} --step-batch-size-schedule 8",
+        r'step_batch_size_schedule=8: Invalid schedule entry "8"',
+    ),
+    "a later batch that nothing divides": (
+        f"{TINY} --step-batch-size-schedule 0:8,1M:7",
+        r"step_batch_size_schedule=0:8,1M:7: .*\(7\) is not divisible",
+    ),
     "dropout of one": (f"{TINY} --hidden-dropout 1", r"at least 0 and below 1, got hidden_dropout=1"),
     "an infinite rate": (f"{TINY} --lr inf", r"lr: must be finite and at least 0, got lr=inf"),
     "a rate to begin with that is no number": (

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from tests.helpers.tool_runs import run_example
 from tests.helpers.training_runs import read_lines
 
@@ -24,6 +26,8 @@ def test_a_model_is_made_continued_and_exported(tmp_path: Path) -> None:
     (weights,) = (line for line in result.stdout.splitlines() if line.startswith("weights: ") and "/hf (" in line)
     first, *_, last = read_lines(tmp_path / "metrics.jsonl")
     assert (first["step"], last["step"]) == (1, 4)
+    saved = open_checkpoint(tmp_path).args
+    assert saved.tokenizer_sha256 == load_encoder(saved.tokenizer_model).sha256
     before = transformers.AutoModelForCausalLM.from_pretrained(weights.split()[1])
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert after.num_parameters() == before.num_parameters() == 4_851_968

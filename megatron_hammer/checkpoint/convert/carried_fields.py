@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint.hugging_face.config_json import (
     list_other_fields,
     read_config,
 )
+from megatron_hammer.files.read import is_present
 
 SIDECAR_DIR = "hugging_face"  # in the iteration's folder, so that they come and go together
 
@@ -44,7 +45,7 @@ class CarriedFields:
 
 def require_descriptions(hf_dir: Path) -> None:
     """Raise ConversionError for a generation_config.json that no export could read; config.json was read already."""
-    if (path := hf_dir / GENERATION_NAME).is_file():
+    if is_present(path := hf_dir / GENERATION_NAME):
         read_config(path)
 
 
@@ -53,7 +54,7 @@ def copy_descriptions(hf_dir: Path, checkpoint_dir: Path) -> None:
     target = checkpoint_dir / SIDECAR_DIR
     target.mkdir()
     for name in (CONFIG_NAME, GENERATION_NAME):
-        if (hf_dir / name).is_file():
+        if is_present(hf_dir / name):
             shutil.copyfile(hf_dir / name, target / name)
 
 
@@ -69,9 +70,9 @@ def find_descriptions(args: Any, checkpoint_dir: Path) -> SourceDescriptions | N
     if getattr(args, "tokenizer_model", None):
         candidates.append(Path(args.tokenizer_model).parent / SIDECAR_DIR)
     for directory in candidates:
-        if (directory / CONFIG_NAME).is_file():
+        if is_present(directory / CONFIG_NAME):
             generation_path = directory / GENERATION_NAME
-            generation = read_config(generation_path) if generation_path.is_file() else None
+            generation = read_config(generation_path) if is_present(generation_path) else None
             return SourceDescriptions(
                 directory=directory, config=read_config(directory / CONFIG_NAME), generation=generation
             )

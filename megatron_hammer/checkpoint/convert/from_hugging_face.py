@@ -30,6 +30,8 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE, name_dty
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import stack_name
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import HammerError
+from megatron_hammer.files.read import is_present
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 TOKENIZER_DIR = "tokenizer"  # inside the iteration's folder, so that they come and go together
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -92,7 +94,7 @@ def import_from_hugging_face(
     with open_checkpoint_writer(
         options.save_dir, iteration=None, overwrite=options.overwrite, sources=[options.hf_dir]
     ) as writer:
-        tokenizer_dir = None
+        tokenizer_dir = tokenizer_sha256 = None
         if tokenizer_source is not None:
             # Before the weights, which take much longer: a tokenizer that does not fit ends the command early.
             tokenizer_check, tokenizer_note = _import_tokenizer(
@@ -100,6 +102,7 @@ def import_from_hugging_face(
             )
             checks.append(tokenizer_check)
             notes += () if tokenizer_note is None else (tokenizer_note,)
+            tokenizer_sha256 = load_encoder(writer.directory / TOKENIZER_DIR).sha256
             # The final place: the folder is renamed after the arguments, which name it, are written.
             tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
         checks.append(write_verified_weights(source, dtypes, writer, on_parameters))
@@ -108,6 +111,7 @@ def import_from_hugging_face(
             dtype=most_frequent_dtype((dtypes[_key_of(pair, source)], pair.num_elements) for pair in source.pairs),
             imported_from=options.hf_dir.absolute().name,
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
+            tokenizer_sha256=tokenizer_sha256,
         )
         copy_descriptions(options.hf_dir, writer.directory)
         writer.commit(build_common_state(arguments))
@@ -158,7 +162,7 @@ def _find_tokenizer(options: ImportOptions) -> tuple[Path | None, tuple[str, ...
         return None, ("no tokenizer was written: --no-tokenizer",)
     if options.tokenizer_path is not None:
         return options.tokenizer_path, ()
-    if any((options.hf_dir / name).is_file() for name in _TOKENIZER_FILES):
+    if any(is_present(options.hf_dir / name) for name in _TOKENIZER_FILES):
         return options.hf_dir, ()
     return None, (
         f"no tokenizer was written: {options.hf_dir} holds neither {' nor '.join(_TOKENIZER_FILES)}, and "

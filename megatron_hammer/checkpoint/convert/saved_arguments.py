@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
+from megatron_hammer.checkpoint_files.saved_arguments import TOKENIZER_HASH
 from megatron_hammer.config.model_arguments import build_model_arguments
 
 CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order
@@ -72,7 +73,12 @@ _SHARED: dict[str, Any] = {
 
 
 def build_saved_arguments(
-    model: HfModel, *, dtype: torch.dtype, imported_from: str, tokenizer_model: str | None
+    model: HfModel,
+    *,
+    dtype: torch.dtype,
+    imported_from: str,
+    tokenizer_model: str | None,
+    tokenizer_sha256: str | None = None,
 ) -> argparse.Namespace:
     """Megatron's namespace for `model`; dtype: of most weights. imported_from: the name of the folder, for humans."""
     precision = PRECISIONS[dtype]
@@ -93,6 +99,7 @@ def build_saved_arguments(
             "fp16": precision == "fp16",
             "params_dtype": dtype,
             "tokenizer_model": tokenizer_model,
+            TOKENIZER_HASH: tokenizer_sha256,
             # NullTokenizer is megatron's type that needs no file.
             "tokenizer_type": "NullTokenizer" if tokenizer_model is None else "HuggingFaceTokenizer",
             "imported_from": imported_from,

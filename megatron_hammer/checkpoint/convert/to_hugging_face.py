@@ -7,6 +7,7 @@ A failure leaves nothing. config.json is written last, so that after a kill the 
 
 import functools
 import json
+import re
 import tempfile
 import time
 from argparse import Namespace
@@ -34,7 +35,7 @@ from megatron_hammer.checkpoint.convert.weight_export import write_verified_weig
 from megatron_hammer.checkpoint.hugging_face.config_json import GENERATION_NAME, build_config, build_generation_config
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import Family, expand
-from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
+from megatron_hammer.checkpoint.hugging_face.model_card import MODEL_CARD_NAME, build_model_card
 from megatron_hammer.checkpoint.hugging_face.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.hugging_face.saved_model import (
     has_zero_centered_norms,
@@ -49,11 +50,12 @@ from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardFile,
 from megatron_hammer.checkpoint_files.saved_arguments import find_saved_tokenizer
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.publish import publish_directory
+from megatron_hammer.files.publish import OWN_MARK, publish_directory, require_result_folder
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.tokenizer.encoding.special_tokens import read_config
 from megatron_hammer.tokenizer.export.chat_format import ChatFormat, write_chat_format
 
+LARGEST_SHARD_GB = 1e6
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # of transformers 4; version 5 writes shards of up to 50 GB
 
 
@@ -228,13 +230,12 @@ def _validate_target(options: ExportOptions) -> None:
         raise ConversionError(
             f"{options.save_dir}: target must not exist yet. Choose another directory, or pass --overwrite."
         )
-    # A typing error in --save together with --overwrite must not delete a folder of other things.
-    is_export = (options.save_dir / "config.json").is_file()
-    if options.save_dir.exists() and not is_export and (options.save_dir.is_file() or any(options.save_dir.iterdir())):
-        raise ConversionError(
-            f"{options.save_dir}: --overwrite replaces an exported model only, got something without config.json. "
-            "Choose another directory."
-        )
+    from megatron_hammer.tokenizer.export.export_tokenizer import CHAT_TEMPLATES_DIR, HF_TOKENIZER_FILES
+
+    # Neither the model that training began with nor a folder of other things is an export.
+    names = ("config.json", GENERATION_NAME, MODEL_CARD_NAME, CHAT_TEMPLATES_DIR, *HF_TOKENIZER_FILES)
+    exported = "|".join((*map(re.escape, names), r"model.*\.safetensors", r"model\.safetensors\.index\.json"))
+    require_result_folder(options.save_dir, MODEL_CARD_NAME, mark=OWN_MARK, holds_only=exported)
 
 
 def _describe_norms(plan: _Plan) -> Iterator[str]:
@@ -331,7 +332,7 @@ def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:
         num_parameters=plan.num_parameters,
         has_tokenizer=tokenizer is not None,
     )
-    (directory / "README.md").write_text(card)
+    (directory / MODEL_CARD_NAME).write_text(card)
     generation = build_generation_config(**ids) if plan.carried is None else plan.carried.generation
     if generation is not None:
         (directory / GENERATION_NAME).write_text(_format_json(generation))

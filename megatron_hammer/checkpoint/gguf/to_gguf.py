@@ -36,6 +36,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_sources import HF_BUFFER_END
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_path
+from megatron_hammer.files.read import is_present
 from megatron_hammer.tokenizer.export.chat_format import ChatFormat
 
 OnStep = Callable[[str, int, int | None], None]
@@ -103,7 +104,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
             hf_dir,
             vocab_size=model.shape.vocab_size,
             config=model.config,
-            generation=read_config(generation_path) if generation_path.is_file() else None,
+            generation=read_config(generation_path) if is_present(generation_path) else None,
         )
         require_end(vocabulary)
         name = options.name or options.load_dir.resolve().name

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.read import is_present
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, HuggingFaceEncoder, load_encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     Piece,
@@ -28,12 +31,13 @@ _LLAMA3_RULE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_WHOLE_PIECES_RULE = "llama-bpe"
 _SINGLE_DIGITS, _BYTES, _BYTES_AND_GPT2 = "Digits", "ByteLevel", "ByteLevel with GPT-2's expression"
 # How a byte-level BPE cuts text before it merges, one step after the other -> llama.cpp's name of it. Source:
 # llama.cpp, llama-vocab.cpp.
 SPLITTING_STEPS: dict[tuple[str | None, ...], str] = {
     (_GPT2_RULE,): "gpt-2",
-    (_LLAMA3_RULE,): "llama-bpe",
+    (_LLAMA3_RULE,): _WHOLE_PIECES_RULE,
     (_LLAMA3_RULE.replace(r"\p{N}{1,3}", r"\p{N}"),): "qwen2",
     (_SINGLE_DIGITS, _GPT2_RULE): "smollm",
 }
@@ -84,15 +88,15 @@ def read_vocabulary(
     Raises ConversionError if there is no tokenizer that llama.cpp can be told of, or if it has more ids than the model.
     """
     # tokenizer.model comes first if there are both: it has the scores, which a tokenizer.json made from it has not.
-    is_sentencepiece = (folder / "tokenizer.model").is_file()
-    if not is_sentencepiece and not (folder / "tokenizer.json").is_file():
+    is_sentencepiece = is_present(folder / "tokenizer.model")
+    if not is_sentencepiece and not is_present(folder / "tokenizer.json"):
         raise ConversionError(
             f"{folder}: must hold tokenizer.model or tokenizer.json, got neither. Pass --tokenizer-model, "
             "or export the model with its tokenizer."
         )
     path = folder / ("tokenizer.model" if is_sentencepiece else "tokenizer.json")
     # Without tokenizer.json, the files beside tokenizer.model may add tokens; the folder is the tokenizer then.
-    encoder = load_encoder(path if (folder / "tokenizer.json").is_file() else folder)
+    encoder = load_encoder(path if is_present(folder / "tokenizer.json") else folder)
     # bos, eos and the chat template are read as users get them from transformers, with the defaults of its class.
     tokenizer = load_with_transformers(folder)
     entries, facts = _read_sentencepiece(path) if is_sentencepiece else _read_byte_level(path)
@@ -223,7 +227,28 @@ def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
     # tokenizers writes pairs; files of older versions have one text with a space between the two.
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     rule = _name_splitting_rule(content.get("pre_tokenizer") or {}, path)
+    _require_whole_pieces(content, rule, path)
     return entries, {"model": "gpt2", "splitting_rule": rule, "merges": tuple(merges), "adds_space_prefix": None}
+
+
+def _require_whole_pieces(content: Mapping[str, Any], rule: str, path: Path) -> None:
+    """llama.cpp takes a word that is a piece without merging (ignore_merges) by the rule of Llama 3, and by no other.
+
+    Where the file says otherwise, the two agree as long as merging gives every piece, which is tried for each.
+    """
+    model = content["model"]
+    ignores = bool(model.get("ignore_merges"))
+    if ignores == (rule == _WHOLE_PIECES_RULE):
+        return
+    merging = tokenizers.Tokenizer.from_str(json.dumps({**content, "model": {**model, "ignore_merges": False}})).model
+    added = {token["content"] for token in content.get("added_tokens") or []}  # found in a text before it is split
+    for text, token_id in model["vocab"].items():
+        if text not in added and [token.id for token in merging.tokenize(text)] != [token_id]:
+            raise ConversionError(
+                f"{path}: words must be taken or merged as llama.cpp does by its rule {rule}, got "
+                f"ignore_merges={ignores} and the piece {text!r}, which merging does not give. "
+                "Serve the model with transformers or vLLM."
+            )
 
 
 def _require_normalizer(normalizer: Mapping[str, Any] | None, path: Path) -> None:

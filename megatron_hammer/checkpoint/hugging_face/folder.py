@@ -18,6 +18,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSources, lo
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.read import is_present
 from megatron_hammer.model.shape import ModelShape
 
 # fp8 and integers are quantized weights. Their scales lie in other tensors, which no row of the table reads.
@@ -73,7 +74,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
     model = read_hf_model(folder)
     weights = open_hf_weights(folder)
     # transformers adds it to the weights where peft is installed, so it is a part of the model that a user loads.
-    if (folder / ADAPTER_NAME).is_file():
+    if is_present(folder / ADAPTER_NAME):
         raise ConversionError(
             f"{folder / ADAPTER_NAME}: a folder of weights must hold no adapter, got one. Merge it with peft's "
             "merge_and_unload and save_pretrained, or remove it to convert the weights without it."

@@ -6,6 +6,8 @@ from typing import Any
 from megatron_hammer.checkpoint.hugging_face.family import Family
 from megatron_hammer.model.shape import ModelShape
 
+MODEL_CARD_NAME = "README.md"
+
 
 def build_model_card(
     family: Family,

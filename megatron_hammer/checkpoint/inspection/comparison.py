@@ -23,6 +23,7 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXES, VOCABULARY_TENSORS, name_dtype
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files.read import is_present
 
 Kind = Literal["missing", "unexpected", "shape", "dtype", "value"]
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32; the intermediate tensors of a comparison are of this size
@@ -259,4 +260,4 @@ def _list_arguments(opened: OpenedCheckpoint) -> dict[str, Any]:
 
 def _list_config(opened: OpenedCheckpoint) -> dict[str, Any]:
     path = opened.directory / CONFIG_NAME
-    return read_config(path) if path.is_file() else {}
+    return read_config(path) if is_present(path) else {}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
+from megatron_hammer.checkpoint.hugging_face.model_card import MODEL_CARD_NAME
 from megatron_hammer.checkpoint.surgery.new_rows import build_new_rows, load_extension
 from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
     InsertedRows,
@@ -29,6 +30,7 @@ from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, rea
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import INDEX_FILE
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
+from megatron_hammer.files.read import is_present
 from megatron_hammer.tokenizer.encoding.encoder import Encoder
 from megatron_hammer.tokenizer.export.check_export import verify_with_transformers
 from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES, export_tokenizer, list_samples
@@ -38,7 +40,6 @@ EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")  # Lla
 HEAD_NAME = "lm_head.weight"
 HEAD_BIAS_NAME = "lm_head.bias"  # a bias has one entry per piece too, but no rule says what a new one is
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MODEL_CARD_NAME = "README.md"  # it describes the model before; what it says of the vocabulary is no longer true
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -139,7 +140,7 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
 def _read_model(directory: Path) -> _Model:
     config = read_config(directory / CONFIG_NAME)
     index_path = directory / INDEX_FILE
-    index = read_config(index_path) if index_path.is_file() else None
+    index = read_config(index_path) if is_present(index_path) else None
     if index is not None and not isinstance(index.get("weight_map"), dict):
         raise ConversionError(f"{index_path}: index must hold a weight_map, got none. Fetch the file again.")
     # Each name once, in the order of the index.
@@ -272,11 +273,13 @@ def _copy_other_files(source_dir: Path, target_dir: Path) -> tuple[str, ...]:
         # The new tokenizer has written it already.
         if (target_dir / path.name).exists():
             continue
-        # Other weights, such as a .bin beside the safetensors, would have the old number of rows.
+        # Other weights, such as a .bin beside the safetensors, would have the old number of rows. The model card
+        # describes the model before: what it says of the vocabulary is no longer true.
         if path.is_dir() or path.name == MODEL_CARD_NAME or path.name.endswith(WEIGHT_SUFFIXES):
             left_out.append(path.name)
             continue
-        shutil.copyfile(path, target_dir / path.name)
+        if is_present(path):
+            shutil.copyfile(path, target_dir / path.name)
     return tuple(left_out)
 
 
@@ -284,13 +287,13 @@ def _write_tokenizer(model: _Model, new: Encoder, target_dir: Path) -> None:
     """The new tokenizer's files; the model's chat template stays with it."""
     export_tokenizer(new.path, target_dir, max_length=_find_max_length(model))
     template = model.directory / "chat_template.jinja"
-    if template.is_file() and not (target_dir / template.name).exists():
+    if is_present(template) and not (target_dir / template.name).exists():
         shutil.copyfile(template, target_dir / template.name)
 
 
 def _find_max_length(model: _Model) -> int | None:
     path = model.directory / "tokenizer_config.json"
-    saved = read_config(path).get("model_max_length") if path.is_file() else None
+    saved = read_config(path).get("model_max_length") if is_present(path) else None
     max_length = saved if isinstance(saved, int) else model.config.get("max_position_embeddings")
     return max_length if isinstance(max_length, int) else None
 

@@ -39,7 +39,9 @@ from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
     read_vocab_size,
 )
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.saved_arguments import TOKENIZER_HASH, find_saved_tokenizer
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 
 _MASTER_KINDS = ("param", "fp32_param")  # of the distributed optimizer, and of mixed precision without it
@@ -116,6 +118,7 @@ def resize_vocabulary(
     args.padded_vocab_size = count_padded_rows(args)
     if vocabulary.new_tokenizer_path is not None:
         args.tokenizer_model = str(vocabulary.new_tokenizer_path.resolve())
+        setattr(args, TOKENIZER_HASH, load_encoder(vocabulary.new_tokenizer_path).sha256)
     keys = (*checkpoint.model, *checkpoint.optimizer)
     planned = PlannedCheckpoint(
         tensors=[
@@ -172,11 +175,10 @@ def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_to
 
 def _spell(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens: int) -> tuple[int, list[list[int]]]:
     """(pieces of the old tokenizer, the old ids that spell each new piece)."""
-    saved = getattr(checkpoint.args, "tokenizer_model", None)
-    old_path = vocabulary.old_tokenizer_path or (Path(saved) if saved else None)
+    old_path = vocabulary.old_tokenizer_path or find_saved_tokenizer(checkpoint.args, checkpoint.directory)
     if old_path is None or vocabulary.new_tokenizer_path is None:
         raise ConversionError(
-            "old-tokenizer-model: must be known to spell new pieces, got none in the checkpoint's arguments. "
+            "old-tokenizer-model: must be known to spell new pieces, got none that the checkpoint names. "
             "Pass --old-tokenizer-model."
         )
     old, new = load_extension(

@@ -20,6 +20,7 @@ from megatron_hammer.checkpoint_files.legacy.rank_files import ParallelSizes, Ra
 from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage
 from megatron_hammer.checkpoint_files.saved_archive import open_archive
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files.read import is_present
 
 OPTIMIZER_FILE = "distrib_optim.pt"
 _PLAIN_KEY = "fp32_from_fp16_params"
@@ -51,7 +52,7 @@ def locate_masters(file: RankFile, sizes: ParallelSizes, args: Any) -> dict[tupl
     dense = [parameter for parameter in parameters if parameter not in experts]
     groups = [group for group in (dense, experts) if group]
     path = file.path.with_name(OPTIMIZER_FILE)
-    is_distributed = path.is_file()
+    is_distributed = is_present(path)
     states = load_state(path, (dict, list)) if is_distributed else file.optimizer
     # ChainedOptimizer.save_parameter_state saves a list only for more than one optimizer, with None for one whose
     # data-parallel rank 0 is another rank.

@@ -20,6 +20,7 @@ from megatron_hammer.checkpoint_files.legacy.names import flatten_state
 from megatron_hammer.checkpoint_files.pickle_reader import KNOWN_TYPES, allow_only, build_stand_ins, describe_failure
 from megatron_hammer.checkpoint_files.saved_archive import SavedArchive, open_archive
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files.read import is_present
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second where the optimizer lay apart, before megatron-core
 _INERT_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "apex.", "_io.BytesIO")
@@ -226,7 +227,7 @@ def _load_first(folders: list[Path]) -> dict[Any, Any]:
 
 
 def _find_model_file(folder: Path) -> Path | None:
-    return next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in MODEL_FILES if is_present(folder / name, raises=CheckpointError)), None)
 
 
 def _open_rank_file(path: Path, rank: ModelRank) -> RankFile:

@@ -20,6 +20,7 @@ from megatron_hammer.checkpoint_files.pickle_reader import describe_failure
 from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, read_header
 from megatron_hammer.checkpoint_files.saved_archive import open_archive
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.read import is_present
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PYTORCH_FILE, PYTORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -97,9 +98,9 @@ def _find_files(folder: Path) -> tuple[Path | None, list[str]]:
     if not folder.is_dir():
         raise ConversionError(f"{folder}: model folder does not exist. Pass a Hugging Face folder.")
     for file_name, index_name in ((SAFETENSORS_FILE, SAFETENSORS_INDEX), (PYTORCH_FILE, PYTORCH_INDEX)):
-        if (folder / file_name).is_file():
+        if is_present(folder / file_name, raises=ConversionError):
             return None, [file_name]
-        if (folder / index_name).is_file():
+        if is_present(folder / index_name, raises=ConversionError):
             weight_map = _read_weight_map(folder / index_name)
             return folder / index_name, sorted(set(weight_map.values()))
     present = sorted(entry.name for entry in folder.iterdir())[:20]

@@ -13,7 +13,7 @@ from megatron_hammer.config.saved_run import SavedRun, review_resumed_order
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.order.change import Segment, SourceChange, count_change, is_continued, match_sources
 from megatron_hammer.data.order.describe import list_order_changes
-from megatron_hammer.data.order.order import EPOCHWISE, MEGATRON, DataOrder
+from megatron_hammer.data.order.order import EPOCHWISE, MEGATRON
 from megatron_hammer.data.order.review import OTHER_VALIDATION, OrderReview
 from megatron_hammer.data.order.run_order import plan_run_order
 
@@ -28,7 +28,7 @@ def find_data_order_problems(plan: RunPlan) -> list[str]:
     order = plan_run_order(plan.order)
     if order is None:
         return []
-    problems = list(_find_pin_problems(plan, order))
+    problems = list(_find_pin_problems(plan))
     resumed = review_resumed_order(plan) if not problems else None
     if resumed is None or is_uncountable(plan):
         return problems
@@ -78,7 +78,7 @@ def _list_notes(review: OrderReview) -> Iterator[str]:
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def _find_pin_problems(plan: RunPlan, order: DataOrder) -> Iterator[str]:
+def _find_pin_problems(plan: RunPlan) -> Iterator[str]:
     pinned, needed = plan.data.order_samples, plan.num_samples["train"]
     if pinned is None:
         return
@@ -88,12 +88,6 @@ def _find_pin_problems(plan: RunPlan, order: DataOrder) -> Iterator[str]:
             f"data-order-samples: must be at least the {needed} samples that the run draws, got "
             f"data_order_samples={pinned}. Pass {needed} or more, or --data-order epochwise, which continues after "
             "them."
-        )
-    shares = {(source.prefix, source.weight) for source in order.sources}
-    if plan.data.order == EPOCHWISE and len({prefix for prefix, _ in shares}) < len(shares):
-        yield (
-            "data-order-samples: needs every prefix once, got one with several weights. Add the weights up in "
-            "--data-path."
         )
 
 

@@ -10,6 +10,7 @@ from megatron_hammer.data.conversations.packing import MIN_CONVERSATION_TOKENS, 
 from megatron_hammer.data.conversations.pair import Conversations, mask_prefix
 from megatron_hammer.data.indexed.documents import bound_memory
 from megatron_hammer.data.indexed.pair import idx_path, read_index
+from megatron_hammer.files.read import is_present
 
 CHUNK_TOKENS = 1 << 24  # of masks that are looked at together: 128 MiB of sums
 
@@ -57,7 +58,7 @@ def _count_rows(prefix: str, bounds: tuple[float, float], layout: RowLayout, mti
 
 def has_masks(prefix: str) -> bool:
     """Whether a pair holds conversations, by the masks beside it."""
-    return idx_path(mask_prefix(Path(prefix))).is_file()
+    return is_present(idx_path(mask_prefix(Path(prefix))))
 
 
 def find_unlearned(conversations: Conversations, *, seq_length: int | None = None) -> np.ndarray:

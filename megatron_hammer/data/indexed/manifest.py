@@ -15,7 +15,7 @@ import orjson
 
 from megatron_hammer.corpus.input_files import MANIFEST_SUFFIX
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.read import cannot_read
+from megatron_hammer.files.read import cannot_read, is_present
 from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
@@ -104,7 +104,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     Raises DataError if it is not a manifest, or one of a later format.
     """
     path = manifest_path(prefix)
-    if not path.exists():
+    if not is_present(path):
         return None
     remedy = "It is no manifest of preprocess_data.py; preprocess the corpus again, or remove the manifest."
     # The version first: a later format may have other fields, and should be named as such.

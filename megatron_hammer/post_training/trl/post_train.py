@@ -22,7 +22,7 @@ import orjson
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
-from megatron_hammer.files.publish import partial_path, publish_directory
+from megatron_hammer.files.publish import partial_path, publish_directory, require_result_folder
 from megatron_hammer.platforms.agreement import ask_first_rank
 from megatron_hammer.platforms.device import count_devices
 from megatron_hammer.platforms.select import select_platform
@@ -98,6 +98,8 @@ def post_train(options: PostTrainOptions) -> PostTrainReport | None:
         options.hf_dir, options.hf_dir, chat_template=options.chat_template, bindings=options.bindings
     )
     is_first = read_process_place().rank == 0
+    if options.overwrite and is_first:
+        require_result_folder(options.save_dir, REPORT_NAME)
     # For the whole run, because the folder is locked for it: two runs must not write the same checkpoints.
     sources = [options.hf_dir, *map(Path, (*options.data, *options.held_out_data))]
     output = partial(publish_directory, options.save_dir, overwrite=options.overwrite, sources=sources)

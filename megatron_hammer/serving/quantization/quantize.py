@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, rea
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConfigError, ConversionError
-from megatron_hammer.files.publish import publish_directory
+from megatron_hammer.files.publish import publish_directory, require_apart, require_result_folder
 from megatron_hammer.serving.quantization.calibration import draw_samples
 from megatron_hammer.serving.quantization.packed_weights import (
     PACKED_ENDINGS,
@@ -89,6 +89,9 @@ def quantize(
     started_at_s = time.monotonic()
     rounding = options.rounding
     _validate(options)
+    require_apart(options.save_dir, [options.load_dir])
+    if options.overwrite:
+        require_result_folder(options.save_dir, REPORT_NAME)
     on_stage("source and samples", 0, 1)
     source = open_quantizable(options.load_dir, group_size=rounding.group_size)
     seq_length = _select_seq_length(options, source)

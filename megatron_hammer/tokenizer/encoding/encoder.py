@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_hammer.errors import ConversionError, DataError
-from megatron_hammer.files.read import read_bytes
+from megatron_hammer.files.read import is_present, read_bytes
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SENTENCEPIECE_LOGS_ERRORS_ONLY
 from megatron_hammer.tokenizer.encoding.special_tokens import (
     CONFIG_NAME,
@@ -272,7 +272,7 @@ def require_eod_id(encoder: Encoder) -> int:
 def _find_in_folder(folder: Path) -> Path:
     # tokenizer.json first: beside it, tokenizer.model is often only what it was converted from.
     for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).is_file():
+        if is_present(folder / name):
             return folder / name
     raise DataError(
         f"{folder}: folder must hold tokenizer.json or tokenizer.model, got neither. "

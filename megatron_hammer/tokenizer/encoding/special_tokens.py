@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConversionError, DataError
+from megatron_hammer.files.read import is_present
 from megatron_hammer.files.typed import read_json
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
@@ -82,7 +83,7 @@ def find_special_tokens(path: Path, find_id: Callable[[str], int | None]) -> Spe
                     f"{path}: {key} must be a text or an object with one as content, got {key}={source[key]!r}. "
                     "Save the tokenizer again with AutoTokenizer's save_pretrained."
                 )
-        elif not config and not path.with_name("config.json").is_file():
+        elif not config and not is_present(path.with_name("config.json")):
             found.ids[key] = None  # nothing names a class that could have a default
     return found
 
@@ -113,7 +114,7 @@ def _list_texts(value: Any) -> set[str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read tokenizer_config.json or a file like it; empty if there is none. Raises DataError if it is not an object."""
-    return read_json(path, dict[str, Any], remedy="Repair or remove it.") if path.is_file() else {}
+    return read_json(path, dict[str, Any], remedy="Repair or remove it.") if is_present(path) else {}
 
 
 def read_name(config: dict[str, Any], key: str) -> str | None:

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
+from megatron_hammer.files.read import is_present
 from megatron_hammer.tokenizer.encoding.encoder import (
     Encoder,
     HuggingFaceEncoder,
@@ -178,7 +179,7 @@ def _load_as_exported(source: Path) -> Encoder:
     """The encoder of what is written: of a folder that transformers saved, what transformers makes of its files."""
     encoder = load_encoder(source)
     # Its files say more than tokenizer.model does, such as a chat template and what is put around a text.
-    is_saved_by_transformers = source.is_dir() and (source / CONFIG_NAME).is_file()
+    is_saved_by_transformers = source.is_dir() and is_present(source / CONFIG_NAME)
     if isinstance(encoder, SentencePieceEncoder) and is_saved_by_transformers:
         return load_through_transformers(source)
     return encoder
@@ -188,11 +189,11 @@ def _copy_hugging_face(encoder: Encoder, source: Path, target_dir: Path) -> int:
     folder = source if source.is_dir() else source.parent
     # By name and not all files: the folder may hold weights, and code.
     for name in HF_TOKENIZER_FILES:
-        if (file := folder / name).is_file():
+        if is_present(file := folder / name):
             shutil.copyfile(file, target_dir / name)
     if (folder / CHAT_TEMPLATES_DIR).is_dir():
         shutil.copytree(folder / CHAT_TEMPLATES_DIR, target_dir / CHAT_TEMPLATES_DIR)
-    if source.is_dir() and not (source / "tokenizer.json").is_file():
+    if source.is_dir() and not is_present(source / "tokenizer.json"):
         return 0  # what it does depends on config.json too, so it is compared once the folder is complete
     # Encoded again from the copy: tokenizer_config.json beside it changes what tokenizer.json does.
     copied = _load_as_exported(target_dir if source.is_dir() else target_dir / source.name)

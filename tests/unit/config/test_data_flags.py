@@ -25,6 +25,12 @@ def test_half_weighted_blends(words: str) -> None:
     assert f"train-data-path: must be prefixes alone, or a weight before every prefix, got {words}." in problem
 
 
+@pytest.mark.parametrize("words", ["a b a", "0.5 a 0.2 b 0.3 a"])
+def test_a_data_set_that_comes_twice_is_refused(words: str) -> None:
+    _, (problem,) = parse_blend("data-path", words.split())
+    assert "data-path: a data set must be named once, got a 2 times." in problem
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
 def test_text_that_is_not_a_weight_is_refused(weight: str) -> None:
     _, (problem,) = parse_blend("data-path", [weight, "a", "1", "b"])

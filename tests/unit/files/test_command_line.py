@@ -1,5 +1,6 @@
 import contextlib
 import gc
+import signal
 import sys
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def test_a_flag_needs_the_one_that_gives_it_an_effect(words: tuple[str, ...], me
     needs = {"seed": "shuffle", "off": "shuffle", "max_epochs": "tokens or num_iters"}
     with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
         parser.refuse_idle(words, needs)
+
+
+def test_a_name_that_is_looked_up_is_one_of_the_choices() -> None:
+    """As Megatron's parser takes enumerations: --attention-backend, --exit-signal."""
+    parser = CommandParser("Try.")
+    parser.add_argument("--signal", type=lambda name: signal.Signals[name], choices=list(signal.Signals)[:2])
+    parser.add_argument("--kinds", nargs="+", type=lambda name: {"a": 1}[name])
+    assert parser.parse_args(["--signal", "SIGINT", "--kinds", "a"]).kinds == [1]
+    with pytest.raises(ConfigError, match="argument --signal: must be one of SIGHUP, SIGINT, got '15'"):
+        parser.parse_args(["--signal", "15"])
+    with pytest.raises(ConfigError, match="argument --kinds: must be a name that it knows, got 'b'"):
+        parser.parse_args(["--kinds", "a", "b"])

@@ -19,6 +19,7 @@ from megatron_hammer.files.publish import (
     publish_path,
     publish_results,
     require_places,
+    require_result_folder,
     require_results,
 )
 
@@ -324,3 +325,25 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_computed(tmp
             require_results([path])
     require_results([tmp_path / "new" / "folder" / "a.json"])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_a_result_by_its_mark_and_by_what_else_it_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+
+    def check() -> None:
+        require_result_folder(folder, "card.md", mark="by us", holds_only=r"card\.md|model.*")
+
+    check()
+    folder.mkdir()
+    check()
+    (folder / "model.bin").touch()
+    with pytest.raises(OutputError, match=r"hf: --overwrite replaces an earlier result only, got no card\.md of this"):
+        check()
+    (folder / "card.md").write_text("made by others")
+    with pytest.raises(OutputError, match=r"got no card\.md of this tool"):
+        check()
+    (folder / "card.md").write_text("made by us")
+    check()
+    (folder / "notes").mkdir()
+    with pytest.raises(OutputError, match="got notes in it too"):
+        check()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError, DataError, HammerError
-from megatron_hammer.files.read import read_bytes, read_text
+from megatron_hammer.files.read import is_present, read_bytes, read_text
 
 
 def test_bytes_and_texts_come_back(tmp_path: Path) -> None:
@@ -28,3 +28,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: type[HammerEr
             read(tmp_path / "pipe", raises=kind)
         with pytest.raises(kind, match=r"none: file cannot be read \(No such file or directory\). Check the path"):
             read(tmp_path / "none", raises=kind)
+
+
+def test_an_optional_file_is_absent_only_where_nothing_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    (tmp_path / "link").symlink_to("f")
+    assert is_present(tmp_path / "f")
+    assert is_present(tmp_path / "link")
+    assert not is_present(tmp_path / "none")
+    assert not is_present(tmp_path / "f" / "below")
+    (tmp_path / "lost").symlink_to("gone")
+    (tmp_path / "self").symlink_to("self")
+    for name, target in (("lost", "gone"), ("self", "self")):
+        with pytest.raises(ConfigError, match=rf"{name}: link must lead to a file, got {target}. Repair or remove"):
+            is_present(tmp_path / name, raises=ConfigError)
+    with pytest.raises(DataError, match="must be a file, got a folder"):
+        is_present(tmp_path)
+    with pytest.raises(DataError, match="file cannot be read"):
+        is_present(tmp_path / ("x" * 300))

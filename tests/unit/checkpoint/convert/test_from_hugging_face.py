@@ -245,7 +245,7 @@ def test_a_tied_head_that_differs_is_refused(folder):
 
 
 def assert_refused(folder, match, **options):
-    with pytest.raises((ConversionError, OutputError), match=match) as caught:
+    with pytest.raises((ConversionError, DataError, OutputError), match=match) as caught:
         convert(folder, **options)
     assert not list(folder.parent.glob("save*"))
     return caught.value
@@ -421,3 +421,17 @@ def test_a_folder_that_would_be_replaced_by_its_own_import_is_refused(folder):
     with pytest.raises(OutputError, match="must not be or hold the input"):
         import_from_hugging_face(options)
     assert (inside / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "adapter_config.json"])
+def test_a_link_to_nothing_is_no_absent_file(folder, name):
+    write_toy_folder(folder)
+    (folder / name).symlink_to("gone")
+    assert_refused(folder, rf"{name}: link must lead to a file, got gone\. Repair or remove it")
+
+
+def test_other_weights_do_not_stand_in_for_a_link_to_nothing(folder):
+    torch.save(write_toy_folder(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("gone")
+    assert_refused(folder, r"model\.safetensors: link must lead to a file, got gone")

@@ -388,12 +388,17 @@ def test_an_existing_target_is_replaced_only_when_asked_and_only_an_export(optio
         export_to_hugging_face(options)
     again = dataclasses.replace(options, overwrite=True, dtype="bf16")
     assert export_to_hugging_face(again).dtype == "bfloat16"
-    (options.save_dir / "config.json").unlink()
-    with pytest.raises(ConversionError, match="--overwrite replaces an exported model only"):
+    (options.save_dir / "notes.txt").touch()
+    with pytest.raises(OutputError, match=r"--overwrite replaces an earlier result only, got notes\.txt in it too"):
         export_to_hugging_face(again)
+    (options.save_dir / "notes.txt").unlink()
+    # A model of somebody else, as the one that training began with.
+    (options.save_dir / "README.md").write_text("# A model\n")
+    with pytest.raises(OutputError, match=r"got no README\.md of this tool"):
+        export_to_hugging_face(again)
+    assert (options.save_dir / "model.safetensors").is_file()
     # A folder that holds the checkpoint too.
-    (options.load_dir.parent / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="must not be or hold the input"):
+    with pytest.raises(OutputError, match="--overwrite replaces an earlier result only"):
         export_to_hugging_face(dataclasses.replace(again, save_dir=options.load_dir.parent))
     assert list(options.load_dir.iterdir())
 

@@ -119,6 +119,24 @@ def test_a_byte_level_bpe_is_written_with_its_rule_and_merges(tmp_path, steps, n
     assert vocabulary.reads_control_tokens
 
 
+@pytest.mark.parametrize("steps, name", SPLITTING_STEPS.items(), ids=SPLITTING_STEPS.values())
+def test_a_piece_that_merging_does_not_give_is_refused_where_it_matters(tmp_path, steps, name):
+    """By ignore_merges a word that is a piece is taken whole; llama.cpp does so by the rule of Llama 3 only."""
+    write_byte_level(tmp_path, steps[-1], has_single_digits=len(steps) == 2)
+    is_llama3 = name == "llama-bpe"
+    for ignores in (True, False):
+        change_steps(tmp_path, lambda content, ignores=ignores: content["model"].update(ignore_merges=ignores))
+        read_vocabulary(tmp_path, vocab_size=320, config={})  # merging gives every piece
+    change_steps(tmp_path, lambda content: content["model"]["vocab"].update(xyz=310))
+    for ignores in (True, False):
+        change_steps(tmp_path, lambda content, ignores=ignores: content["model"].update(ignore_merges=ignores))
+        if ignores == is_llama3:
+            assert read_vocabulary(tmp_path, vocab_size=320, config={}).tokens[310] == "xyz"
+            continue
+        with pytest.raises(ConversionError, match=rf"rule {name}, got ignore_merges={ignores} and the piece 'xyz'"):
+            read_vocabulary(tmp_path, vocab_size=320, config={})
+
+
 def test_another_rule_is_refused(tmp_path):
     write_byte_level(tmp_path, r"\p{L}+|\s")
     with pytest.raises(ConversionError, match=r"text must be split.*qwen2, smollm, got \{.*\\p\{L\}\+"):

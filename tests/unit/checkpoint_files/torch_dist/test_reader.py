@@ -128,6 +128,9 @@ def test_the_iteration_is_the_latest_the_given_or_that_of_the_folder(tmp_path):
     assert open_checkpoint(tmp_path).iteration == 10
     assert open_checkpoint(tmp_path, iteration=5).iteration == 5
     assert open_checkpoint(tmp_path / "iter_0000005").iteration == 5
+    assert open_checkpoint(tmp_path / "iter_0000005", iteration=5).iteration == 5
+    with pytest.raises(CheckpointError, match=r"iter_0000005: must be a directory of iterations .* iteration=10"):
+        open_checkpoint(tmp_path / "iter_0000005", iteration=10)
     with pytest.raises(CheckpointError, match=r"iter_0000007: iteration does not exist, got \['iter_0000005'"):
         open_checkpoint(tmp_path, iteration=7)
 

@@ -181,7 +181,8 @@ def test_a_data_set_has_one_spelling(tmp_path: Path) -> None:
     flags = ("--split", "100,0,0", "--eval-iters", "0", "--data-path")
     (problem,) = find_for(tmp_path, *flags, "0.5", data, "0.5", other)
     assert f"data-path: a data set must be named by one spelling, got it as {data} and {other}." in problem
-    assert find_for(tmp_path, *flags, "0.5", data, "0.5", data) == []
+    (problem,) = find_for(tmp_path, *flags, "0.5", data, "0.5", data)
+    assert f"data-path: a data set must be named once, got {data} 2 times." in problem
 
 
 def test_prefixes_without_weights_are_read_once(tmp_path: Path) -> None:
