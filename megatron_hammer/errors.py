@@ -76,6 +76,7 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        _open_missing_streams()
         try:
             _refuse_undecodable(sys.argv[1:])
             return main(*args, **kwargs)
@@ -101,6 +102,18 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             _flush_stdout()
 
     return wrapped
+
+
+def _open_missing_streams() -> None:
+    """Let what a command prints go nowhere where it was started without a stream, as by `>&-`.
+
+    Python has None in its place, and the first file that is opened would take its number.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(descriptor, descriptor == number)
+            setattr(sys, name, os.fdopen(descriptor, "w" if number else "r"))
 
 
 def _refuse_undecodable(arguments: Sequence[str]) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from megatron_hammer.platforms.parent_process import end_with_parent
 
+# A signal to a whole process group, as from a terminal, is for the rank, which needs its workers until it has saved.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+
 
 def end_workers_with_rank(build_loader: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap build_pretraining_data_loader, whose workers catch SIGTERM and do nothing.
@@ -31,6 +34,8 @@ def end_workers_with_rank(build_loader: Callable[..., Any]) -> Callable[..., Any
 
         def init_worker(index: int) -> None:
             end_with_parent(rank)
+            for number in _STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
             init(index)
 
         loader.worker_init_fn = init_worker

@@ -285,7 +285,9 @@ def judge_steps(judge: Any) -> None:
 def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:
     """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
 
-    Call after megatron's globals are set and before training. Returns a list that grows by each signal that arrives.
+    Before the loop there is nothing to save, and each ends the process at once: megatron would build everything, which
+    may take hours, train one step and save it. Call as soon as megatron's globals are set. Returns a list that grows by
+    each signal that arrives in the loop or later.
     """
     from megatron.training import training
 
@@ -298,6 +300,17 @@ def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:
         received.append(signal.Signals(number))
         handler(number, frame)  # type: ignore[operator, misc]
 
-    for number in {*signals, own}:
-        signal.signal(number, note)
+    def handle_with(action: Any) -> None:
+        for number in {*signals, own}:
+            signal.signal(number, action)
+
+    original_train = training.train
+
+    @functools.wraps(original_train)
+    def train(*arguments: Any, **options: Any) -> Any:
+        handle_with(note)
+        return original_train(*arguments, **options)
+
+    training.train = train
+    handle_with(signal.SIG_DFL)
     return received

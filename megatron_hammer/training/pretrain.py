@@ -181,13 +181,13 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
 
     device.stand_alone()
     state = finalize_arguments(arguments)
+    # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
+    received = training_hooks.stop_on_signals_too(list_stop_signals())
     training_hooks.form_process_group()
     require_equal_ranks(plan, arguments.settings.flags)
     plan = agree_on_checkpoint(plan, state, terminal)
     lock = take_save_dir(plan)
     keep_save_dir_tidy(plan, terminal)
-    # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
-    received = training_hooks.stop_on_signals_too(list_stop_signals())
     exit_code, is_stopped = 0, False
     config = build_config_container(arguments, build_model_config)
     guard_saves(plan, lock)

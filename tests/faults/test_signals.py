@@ -78,3 +78,29 @@ def test_nothing_lives_on_after_a_kill_of_a_rank(tmp_path: Path) -> None:
     assert wait_until_gone(children, GONE_WITHIN_S) == []
     assert process.returncode == 128 + signal.SIGKILL
     assert "was killed by SIGKILL after step" in stderr
+
+
+SLOW_DATA = """
+import os, time
+from megatron.training import training
+
+def build(*arguments, **options):
+    open(os.environ["BEGUN"], "w").close()
+    time.sleep(60)
+
+training.build_train_valid_test_datasets = build
+"""
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
+    """There is nothing to save, and megatron would first build everything and train a step."""
+    (tmp_path / "slow.py").write_text(SLOW_DATA)
+    begun, save = tmp_path / "begun", tmp_path / "run"
+    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "--")
+    flags = (*FLAGS, *SAVES, str(save))
+    run = LaunchedRun(*options, *flags, before_rank=str(tmp_path / "slow.py"), BEGUN=str(begun))
+    launched_runs.wait_until(begun.exists, run=run)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(30) == 128 + signal.SIGTERM, run.log
+    assert list(save.glob("iter_*")) == []
+    assert "Traceback" not in run.log

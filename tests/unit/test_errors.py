@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,27 @@ def test_twin_a_broken_pipe_of_our_own_keeps_its_stack_trace() -> None:
 
     with pytest.raises(BrokenPipeError, match="between processes"):
         main()
+
+
+def test_a_command_without_output_streams_does_its_work(tmp_path: Path) -> None:
+    """As under a service manager, or with `>&- 2>&-`."""
+    program = """
+import sys
+from pathlib import Path
+from megatron_hammer.errors import exit_on_user_error
+@exit_on_user_error
+def main():
+    with open(sys.argv[1], "w") as file:
+        print("to nobody")
+        print("to nobody", file=sys.stderr)
+        file.write("done")
+main()
+"""
+    command = 'exec "$@" <&- >&- 2>&-'
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    path = str(tmp_path / "file")
+    assert (
+        subprocess.run(["sh", "-c", command, "sh", sys.executable, "-c", program, path], env=environment).returncode
+        == 0
+    )
+    assert (tmp_path / "file").read_text() == "done"
