@@ -86,6 +86,12 @@ def read_calibration_runs(arguments: argparse.Namespace) -> tuple[list[MeasuredR
         found, unpredictable = read_runs(path, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file)
         runs += found
         left_out += len(unpredictable)
+        for run in found:
+            for sentence in run.contradictions:
+                print(
+                    f"{path}:{run.row_number}: contradiction ({run.source}): {sentence}",
+                    file=sys.stderr,
+                )
         for row in unpredictable:
             print(f"{path}:{row.row_number}: left out ({row.source}): {row.reason}", file=sys.stderr)
     chosen = [one for one in runs if one.is_megatron_style]

@@ -12,12 +12,13 @@ coefficients were fitted on.
 import argparse
 import json
 import sys
+from collections.abc import Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.cli.scaling_study.result_files import require_folder
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.folds import FOLDS_BY
@@ -69,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the errors of the predictions. Without --runs and --memory, the published runs are validated."""
+    """Print the errors of the predictions. Without --runs and --memory, the published runs are validated.
+
+    Raises DataError, after everything is printed, for a table of which no row can be predicted.
+    """
     if arguments.runs is None and arguments.memory is None:
         # Not argparse's default, with which --memory alone would validate the runs too.
         arguments.runs = PUBLISHED_RUNS_PATH
@@ -86,13 +90,21 @@ def run(arguments: argparse.Namespace) -> None:
         _write_files(arguments.output_dir, document, report)
     if arguments.json:
         print(json.dumps(document, indent=2))
-        return
-    if memory is not None:
-        from megatron_hammer.scaling.memory.validation import print_memory_report
+    else:
+        if memory is not None:
+            from megatron_hammer.scaling.memory.validation import print_memory_report
 
-        print_memory_report(memory, sys.stdout)
-    if report is not None:
-        print_report(report, sys.stdout)
+            print_memory_report(memory, sys.stdout)
+        if report is not None:
+            print_report(report, sys.stdout)
+    _require_predictions(arguments.runs, None if report is None else report.predictions)
+    _require_predictions(arguments.memory, None if memory is None else memory.rows)
+
+
+def _require_predictions(path: Path | None, predicted: Sized | None) -> None:
+    """Raise DataError for a table of which nothing was validated, after its reasons are printed."""
+    if predicted is not None and not predicted:
+        raise DataError(f"{path}: must hold a row that can be predicted, got none. See the reasons above.")
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

@@ -179,6 +179,10 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
     sharding, shard_size = _read_sharding(row, cluster, software, assumptions)
     if shard_size == layout.data_parallel_size:
         shard_size = None  # all ranks, including context-parallel ones
+    if shard_size is not None and layout.dense_shard_size % min(shard_size, layout.dense_shard_size):
+        raise UnpredictableError(
+            f"shards over {shard_size} GPUs do not divide its {layout.dense_shard_size} data ranks"
+        )
     offload = read_offload(row, sharding, model.num_layers, assumptions)
     recompute = _read_recompute(row, recipe, software, assumptions)
     plan = Plan(

@@ -24,6 +24,7 @@ def find_contradictions(row: RunRow, plan: Plan) -> tuple[str, ...]:
         _compare_tokens(row, plan),
         _compare_tflops(row, plan),
         _compare_mfu(row, plan),
+        _compare_peak(row, plan),
     )
     return tuple(sentence for sentence in found if sentence)
 
@@ -80,6 +81,25 @@ def _compare_mfu(row: RunRow, plan: Plan) -> str:
         return ""
     peak, _ = select_peak(row, plan)
     return _compare_flops("mfu", row.mfu, [tflops / peak for tflops in _list_tflops(row, plan)])
+
+
+def _compare_peak(row: RunRow, plan: Plan) -> str:
+    """A time in another unit, or a utilisation in per cent. The peak of CPU cores is nominal, and may be exceeded."""
+    limit = plan.gpu.find_peak_tflops(plan.precision)
+    if limit is None or plan.cluster.full_speed_processes_per_node is not None:
+        return ""
+    timed = _list_tflops(row, plan)
+    columns = {
+        "iteration_time_s": min(timed) if timed and row.iteration_time_s is not None else 0.0,
+        "tokens_per_s_per_gpu": min(timed) if timed else 0.0,
+        "tflops_per_gpu": row.tflops_per_gpu or 0.0,
+        "mfu": (row.mfu or 0.0) * select_peak(row, plan)[0],
+    }
+    # The first one, from which the others may follow.
+    for name, tflops in columns.items():
+        if tflops > limit:
+            return f"{name} {getattr(row, name):g}: {tflops:.4g} TFLOP/s, beyond the {limit:g} of {plan.gpu.name}"
+    return ""
 
 
 def _compare_flops(name: str, stated: float, counted: list[float]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megatron_hammer.model.accounting import FlopConvention, count_flops_per_token
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan
 from megatron_hammer.scaling.published.row_model import UnpredictableError
 from megatron_hammer.scaling.published.run_table import RunRow
 from megatron_hammer.scaling.published.software import TrainingSoftware
@@ -79,11 +79,11 @@ def _select_convention(row: RunRow, software: TrainingSoftware) -> tuple[str, st
 
 def select_peak(row: RunRow, plan: Plan) -> tuple[float, str]:
     """(the peak in TFLOP/s that a utilisation refers to, the reason)."""
-    is_eight_bit = plan.precision in ("fp8", "mxfp8")
-    # A definition such as "peak 989/1979" states the peak in 16 bits first, and then that in 8 bits.
+    # A definition such as "peak 989/1979" states the peak in 16 bits first, then those in 8 and in 4 bits.
+    place = 2 if plan.precision == "nvfp4" else int(plan.precision in LOW_PRECISIONS)
     stated = re.findall(r"\b\d{3,5}\b", row.mfu_definition.lower().partition("peak ")[2])
     if stated:
-        return float(stated[min(int(is_eight_bit), len(stated) - 1)]), "the row's mfu_definition"
-    if is_eight_bit and plan.gpu.fp8_tflops is not None:
-        return plan.gpu.fp8_tflops, "the data sheet's 8-bit peak"
-    return plan.gpu.bf16_tflops or plan.gpu.fp16_tflops, "the data sheet's 16-bit peak"
+        return float(stated[min(place, len(stated) - 1)]), "the row's mfu_definition"
+    peak_tflops = plan.gpu.find_peak_tflops(plan.precision)
+    assert peak_tflops is not None  # else the row was refused
+    return peak_tflops, f"the data sheet's peak in {plan.precision}"

@@ -111,7 +111,8 @@ def _project(
     layout = replace(plan.layout, data_parallel_size=dp)
     sizes = list_micro_batch_sizes(layout, batch, study.space)
     fitting = [size for size in sizes if size <= plan.micro_batch_size]
-    if find_grid_problems(layout) or not fitting:
+    shard_size = plan.shard_size if (plan.shard_size or 0) < layout.dense_shard_size else None
+    if find_grid_problems(layout) or not fitting or layout.dense_shard_size % (shard_size or 1):
         return None
     own = replace(
         plan,
@@ -119,6 +120,7 @@ def _project(
         gpu=study.gpu,
         cluster=study.cluster,
         layout=layout,
+        shard_size=shard_size,
         seq_length=study.seq_length,
         micro_batch_size=max(fitting),
         global_batch_size=batch,

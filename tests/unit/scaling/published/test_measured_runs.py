@@ -153,6 +153,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: 
         ({"precision": "fp8", "gpu_type": "A100"}, "its GPU a100-sxm-80gb has no fp8"),
         ({"recompute": "clever"}, "its recomputation 'clever' is not known"),
         ({"sharding": "ZeRO-3+offload"}, "what of it is offloaded to the host is not stated: 'offload'"),
+        ({"sharding": "FSDP within 7"}, "shards over 7 GPUs do not divide its 8 data ranks"),
         (
             {"micro_batch": "", "global_batch": "", "iteration_time_s": "", "mfu": "0.4"},
             "micro_batch and global_batch are blank",

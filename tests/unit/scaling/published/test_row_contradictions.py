@@ -33,6 +33,10 @@ def test_cells_that_agree(tmp_path: Path) -> None:
         ({"tokens_per_s_per_gpu": "9000"}, "iteration_time_s 0.7: tokens_per_s_per_gpu and the batch give 0.9102 s"),
         ({"tflops_per_gpu": "900"}, "tflops_per_gpu 900: the measured time gives"),
         ({"mfu": "0.9"}, "mfu 0.9: the measured time gives"),
+        ({"iteration_time_s": "0.0007"}, "iteration_time_s 0.0007: "),  # in thousands of seconds
+        ({"iteration_time_s": "", "tokens_per_s_per_gpu": "1e6"}, "tokens_per_s_per_gpu 1e+06: "),
+        ({"iteration_time_s": "", "tflops_per_gpu": "1200"}, "tflops_per_gpu 1200: 1200 TFLOP/s, beyond the 989"),
+        ({"iteration_time_s": "", "mfu": "45"}, "mfu 45: "),  # per cent
         ({"pp": "4", "dp": "2", "vpp": "3", "global_batch": "8"}, "vpp 3: interleaving needs at least pp 4"),
     ],
 )

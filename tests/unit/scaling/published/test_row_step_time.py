@@ -33,6 +33,16 @@ def test_step_time_from_each_measure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("precision", "gpu", "peak"),
+    [("MXFP8", "H100", 1979), ("FP8", "H100", 1979), ("BF16", "H100", 989), ("NVFP4", "B200", 9000)],
+)
+def test_a_utilisation_is_of_the_peak_of_its_format(tmp_path: Path, precision: str, gpu: str, peak: float) -> None:
+    run = read_one(tmp_path, iteration_time_s="", mfu="0.2", precision=precision, gpu_type=gpu)
+    (assumed,) = (text for text in run.assumptions if text.startswith("MFU of"))
+    assert float(assumed.split()[2]) == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize(
     ("definition", "convention"),
     [
         ("HFU-like: FLOPs INCLUDE recompute (96BslH^2 formula)", "hardware"),

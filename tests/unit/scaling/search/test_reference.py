@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_default_cluster, select_gpu
 from megatron_hammer.scaling.plan import TODAY, ExpertOptions
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
-from megatron_hammer.scaling.search.projection import Study
+from megatron_hammer.scaling.search.projection import Projection, Study
 from megatron_hammer.scaling.search.reference import find_references, list_published_runs
 from tests.helpers.toy_study import build_toy_study
 
@@ -78,6 +79,21 @@ def test_its_layout_is_projected_with_the_software_and_the_options_of_the_study(
 def test_a_size_that_does_not_divide_has_the_run_only() -> None:
     (reference,) = find(build_study(gpu_counts=(63,)))
     assert reference.projection is None
+
+
+def test_the_group_that_shards_is_that_of_the_size() -> None:
+    (base,) = find(build_study(gpu_counts=(64,)))
+    plan = replace(base.run.plan, layout=ParallelLayout(data_parallel_size=64), sharding="fsdp", shard_size=32)
+    run = replace(base.run, plan=plan)
+
+    def project(num_gpus: int) -> Projection | None:
+        study = build_study(gpu_counts=(num_gpus,), global_batch_size=num_gpus)
+        (reference,) = find_references(study, predict_step, estimate_heaviest_plan_stage, [run])
+        return reference.projection
+
+    assert project(128).plan.shard_size == 32
+    assert project(32).plan.shard_size is None  # all ranks
+    assert project(48) is None
 
 
 def test_a_run_on_another_gpu_stands_in_where_there_is_none() -> None:
