@@ -15,8 +15,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -34,6 +34,7 @@ _MOST_BUFFERED_BYTES = 256 << 20  # of all requests together
 RETRY_AFTER_S = 2
 _BODY_TIMEOUT_S = 60.0
 _WRITE_TIMEOUT_S = 60.0  # for one part of an answer that a client does not read
+_LAST_PARTS_S = 0.2
 _SHUTDOWN_TIMEOUT_S = 5.0  # for answers that are being written
 # Of one connection, so not passed on. Content-Length is of a body that may be written anew.
 _HOP_HEADERS = frozenset(
@@ -100,8 +101,7 @@ class Front:
         body = bytearray()
         try:
             if request.method != "POST":
-                async with self._reading:
-                    return await self._pass_on(request, None)
+                return await self._pass_on(request, None, self._hold(self._reading))
             self._require_permitted(request)
             await self._read_body(request, body)
             return await self._compute(request, body)
@@ -152,42 +152,80 @@ class Front:
             checked = check_request(bytes(body), context_tokens=self.server.context_tokens)
         except ValueError as error:
             raise _Refusal(400, str(error)) from None
+        return await self._pass_on(request, checked, self._wait_for_place())
+
+    @asynccontextmanager
+    async def _wait_for_place(self) -> AsyncIterator[None]:
         if self.num_open >= MOST_WAITING:
             raise _Refusal(503, f"server: {MOST_WAITING} requests are waiting already. Try again later.")
         self.num_open += 1
         try:
-            async with self._computing:
-                return await self._pass_on(request, checked)
+            async with self._hold(self._computing):
+                yield
         finally:
             self.num_open -= 1
 
-    async def _pass_on(self, request: web.Request, body: bytes | None) -> web.StreamResponse:
+    @asynccontextmanager
+    async def _hold(self, places: asyncio.Semaphore) -> AsyncIterator[None]:
+        async with places:
+            if not self.server.is_ready:
+                raise _Refusal(503, "model: it is being loaded. Try again later.")
+            yield
+
+    async def _pass_on(
+        self, request: web.Request, body: bytes | None, place: AbstractAsyncContextManager[None]
+    ) -> web.StreamResponse:
+        """place: at llama.cpp; free once it has answered, however slowly the client reads."""
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _HOP_HEADERS]
-        if not self.server.is_ready:
-            raise _Refusal(503, "model: it is being loaded. Try again later.")
         answer: web.StreamResponse | None = None
+        parts: asyncio.Queue[bytes] = asyncio.Queue()
+        writing: asyncio.Task[None] | None = None
         try:
-            async with self._session.request(request.method, _address(request), headers=headers, data=body) as upstream:
-                is_json = upstream.content_type == "application/json"
-                if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR or (upstream.status >= 400 and not is_json):
-                    raise _read_error(upstream.status, await upstream.read())
-                answer = web.StreamResponse(status=upstream.status)
-                for name, value in upstream.headers.items():
-                    if name.lower() not in _HOP_HEADERS:
-                        answer.headers.add(name, value)
-                await answer.prepare(request)
-                await _copy(upstream, answer)
+            async with (
+                place,
+                self._session.request(request.method, _address(request), headers=headers, data=body) as upstream,
+            ):
+                answer = await _begin_answer(request, upstream)
+                writing = asyncio.create_task(self._write(parts, answer))
+                async for part in upstream.content.iter_any():
+                    self._buffered_bytes += len(part)
+                    parts.put_nowait(part)
+                    if writing.done() or self._buffered_bytes > _MOST_BUFFERED_BYTES:
+                        break
+            if self._buffered_bytes > _MOST_BUFFERED_BYTES:
+                raise TimeoutError  # too many clients do not read
+            parts.put_nowait(b"")
+            await writing
         except (ClientError, TimeoutError) as error:
             if answer is None:
                 raise _Refusal(502, f"llama.cpp: it ended while it answered ({error}). Try again later.") from None
-            await self._break_off(request, answer)
+            await self._break_off(request, answer, writing)
             return answer
+        finally:
+            if writing is not None:
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+            while not parts.empty():
+                self._buffered_bytes -= len(parts.get_nowait())
         self.num_answered += 1
         return answer
 
-    async def _break_off(self, request: web.Request, answer: web.StreamResponse) -> None:
+    async def _write(self, parts: asyncio.Queue[bytes], answer: web.StreamResponse) -> None:
+        """Write the parts up to an empty one, as the client reads them."""
+        while part := await parts.get():
+            self._buffered_bytes -= len(part)
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                await answer.write(part)
+        async with asyncio.timeout(_WRITE_TIMEOUT_S):
+            await answer.write_eof()
+
+    async def _break_off(
+        self, request: web.Request, answer: web.StreamResponse, writing: asyncio.Task[None] | None
+    ) -> None:
         """Tell the client that the answer is incomplete: by an event, where it reads events, and by the connection."""
         self.num_refused += 1
+        if writing is not None:
+            await asyncio.wait((writing,), timeout=_LAST_PARTS_S)  # for what is still to be written before the event
         with suppress(ConnectionError, TimeoutError):
             if answer.content_type == "text/event-stream":
                 error = _describe(502, "llama.cpp: it ended while it answered. Try again later.")
@@ -197,12 +235,17 @@ class Front:
             request.transport.abort()
 
 
-async def _copy(upstream: ClientResponse, answer: web.StreamResponse) -> None:
-    async for chunk in upstream.content.iter_any():
-        async with asyncio.timeout(_WRITE_TIMEOUT_S):
-            await answer.write(chunk)
-    async with asyncio.timeout(_WRITE_TIMEOUT_S):
-        await answer.write_eof()
+async def _begin_answer(request: web.Request, upstream: ClientResponse) -> web.StreamResponse:
+    """The head of an answer, sent; raises _Refusal for an error that is not in the form of OpenAI's."""
+    is_json = upstream.content_type == "application/json"
+    if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR or (upstream.status >= 400 and not is_json):
+        raise _read_error(upstream.status, await upstream.read())
+    answer = web.StreamResponse(status=upstream.status)
+    for name, value in upstream.headers.items():
+        if name.lower() not in _HOP_HEADERS:
+            answer.headers.add(name, value)
+    await answer.prepare(request)
+    return answer
 
 
 def _address(request: web.Request) -> URL:

@@ -2,10 +2,12 @@
 
 import asyncio
 import concurrent.futures
+import gzip
 import http.client
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -13,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -271,6 +274,39 @@ def test_silent_clients_take_nothing_from_others(server: RunningServer) -> None:
     assert server.ask(PATH, {"prompt": "a", "max_tokens": 1})[0] == 200
     for connection in silent:
         connection.close()
+
+
+def test_clients_that_do_not_read_take_nothing_from_others(server: RunningServer) -> None:
+    """Fewer than a minute, after which they are disconnected anyway."""
+    status, tokens = server.ask("/tokenize", {"content": "fox " * 100_000})
+    assert (status, len(tokens["tokens"]) > 100_000) == (200, True)  # more than the buffers of a connection hold
+    content = json.dumps({"content": "fox " * 100_000}).encode()
+    head = f"Host: a\r\nAuthorization: Bearer {PRIVATE_KEY}\r\nContent-Length: "
+    requests = [
+        f"POST /tokenize HTTP/1.1\r\n{head}{len(content)}\r\n\r\n".encode() + content,
+        f"GET {find_large_file(server)} HTTP/1.1\r\nAccept-Encoding: gzip\r\n{head}0\r\n\r\n".encode(),
+    ]
+    deaf = []
+    for request in requests * (NUM_SLOTS + 6):  # more of each than there are places
+        deaf.append(socket.socket())
+        deaf[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        deaf[-1].connect(("127.0.0.1", server.port))
+        deaf[-1].sendall(request)
+    wait_until_idle(server)
+    for path, body in (("/health", None), (PATH, {"prompt": "a", "max_tokens": 1})):
+        started_at_s = time.monotonic()
+        assert server.ask(path, body)[0] == 200
+        assert time.monotonic() - started_at_s < 30
+    for connection in deaf:
+        connection.close()
+
+
+def find_large_file(server: RunningServer) -> str:
+    """The script of the web page, of megabytes."""
+    with urllib.request.urlopen(urllib.request.Request(server.url, headers={"Accept-Encoding": "gzip"})) as page:
+        found = re.search(r"/_app[^\"]*\.js", gzip.decompress(page.read()).decode())
+    assert found is not None
+    return found[0]
 
 
 def test_llama_cpp_is_started_again_after_a_crash(server: RunningServer) -> None:
