@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("server: must be given, or --model, and not both. Pass one of them.")
     if arguments.server is not None and model_flags:
         raise ConfigError(f"{model_flags[0]}: is of a model that is loaded, got --server. Leave it out.")
+    if arguments.model is not None and arguments.api_key_file is not None:
+        raise ConfigError(
+            f"api-key-file: is of a running server, got {arguments.api_key_file} without one. Leave it out."
+        )
     # So that `finally` and `with` run, which end the server of a model and remove its files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -108,6 +108,8 @@ def validate(arguments: argparse.Namespace) -> None:
     ]
     if not arguments.model.exists():
         problems.append(f"{arguments.model}: model does not exist. Pass a checkpoint, a folder or a GGUF file.")
+    if getattr(arguments, "no_chat", False) and arguments.chat_template is not None:
+        problems.append(f"chat-template: has no effect with --no-chat, got {arguments.chat_template}. Leave one out.")
     if arguments.draft_model is None and arguments.draft_tokens is not None:
         problems.append(f"draft-tokens: must come with --draft-model, got {arguments.draft_tokens} alone.")
     if arguments.draft_model is not None and not arguments.draft_model.exists():

@@ -63,6 +63,12 @@ def ask_questions(
     def ask(scorer: Scorer) -> list[Answer]:
         tokenizer, ends = open_chat_tokenizer(model, scorer.encoder.path, chat_template=chat_template)
         prompts = [_encode_prompt(tokenizer, one.question) for one in questions]
+        for number, prompt in enumerate(prompts, start=1):
+            if len(prompt) > scorer.max_length:
+                raise DataError(
+                    f"question {number}: must have at most the {scorer.max_length:,} tokens that {scorer.name} reads, "
+                    f"got {len(prompt):,}. Shorten it."
+                )
         answers = scorer.generate(prompts, max_new_tokens=max_new_tokens, is_done=lambda new: new[-1] in ends)
         return [
             Answer(one, scorer.encoder.decode([token for token in new if token not in ends]), new[-1] in ends)

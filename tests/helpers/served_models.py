@@ -86,5 +86,9 @@ def run_server(model: Path, *flags: str | Path) -> Iterator[RunningServer]:
         yield RunningServer(process, int(match[1]))
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # llama.cpp ends when its stdin is closed
-            process.communicate()
+            process.terminate()  # it removes its folder
+            try:
+                process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # llama.cpp ends when its stdin is closed
+                process.communicate()

@@ -407,6 +407,11 @@ BAD_STARTS = {
     "context": ("base.gguf", ("--context", "100000", "--no-chat"), ("context:", "256 tokens", "got 100,000")),
     "useless flag": ("base.gguf", ("--type", "q8_0"), ("base.gguf:", "--type", "GGUF file")),
     "keys": ("base.gguf", ("--api-key-file", "empty"), ("empty:", "keys", "got 0")),
+    "a template without chat": (
+        "base.gguf",
+        ("--no-chat", "--chat-template", "qwen"),
+        ("chat-template:", "no effect with --no-chat", "got qwen"),
+    ),
     "numbers": ("base.gguf", ("--parallel", "0"), ("parallel:", "between 1 and 256", "got 0")),
     "draft": ("base.gguf", ("--no-chat", "--draft-model", "text.gguf"), ("text.gguf:", "must be a GGUF file")),
     "draft of another vocabulary": (
@@ -531,6 +536,12 @@ def wait_for(terminal: int, text: bytes, press: bytes = b"") -> None:
             press_at_s = now_s + 5
         if select.select([terminal], [], [], 0.1)[0]:
             shown += os.read(terminal, 4096)
+
+
+def test_a_key_is_for_a_server_that_runs_already(gguf: Path) -> None:
+    result = run_tool_here("tools/chat.py", "--model", gguf, "--api-key-file", "keys", cwd=gguf.parent)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_errors(result.stderr, ("api-key-file:", "got keys", "Leave it out"))
 
 
 def test_a_chat_without_its_server_is_one_error(server: RunningServer) -> None:

@@ -49,6 +49,12 @@ def test_answers_end_and_are_compared(chat_model: Path) -> None:
     assert [(answer.text, answer.is_stopped, answer.is_right) for answer in cut] == [("ox", False, False)] * 2
 
 
+def test_a_question_that_does_not_fit_the_model_is_named(chat_model: Path) -> None:
+    questions = [Question(question="the dog"), Question(question="fox " * 500)]
+    with pytest.raises(DataError, match=r"question 2: must have at most the \d+ tokens that chat reads, got [\d,]+"):
+        ask_questions(chat_model, questions, ScorerOptions(), chat_template=None, max_new_tokens=2)
+
+
 def test_the_command_fails_where_answers_do_not_end(
     chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
