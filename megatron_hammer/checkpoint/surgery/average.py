@@ -68,6 +68,7 @@ def average(
     # Before any checkpoint is opened: a wrong number of weights costs no reading.
     shares = _validate_weights(load_dirs, weights)
     checkpoints = [open_training_checkpoint(path) for path in load_dirs]
+    _refuse_repeated(checkpoints)
     _validate_same_model(checkpoints)
     first = checkpoints[0]
     planned = PlannedCheckpoint(
@@ -129,11 +130,25 @@ def _validate_weights(load_dirs: Sequence[Path], weights: Sequence[float] | None
             "Pass as many."
         )
     # Single weights may be negative; only their sum is a divisor.
-    if not all(math.isfinite(weight) for weight in weights) or not math.fsum(weights) > 0:
+    # sum and not fsum, which raises where the sum is beyond the largest number.
+    if not all(math.isfinite(weight) for weight in weights) or not 0 < sum(weights) < math.inf:
         raise ConversionError(
             f"weights: must be finite numbers with a positive sum, got {', '.join(map(str, weights))}. Change them."
         )
     return tuple(weights)
+
+
+def _refuse_repeated(checkpoints: Sequence[TrainingCheckpoint]) -> None:
+    """By another spelling or a link, a checkpoint would count twice while all weights look equal."""
+    names: dict[Path, Path] = {}
+    for checkpoint in checkpoints:
+        if (
+            known := names.setdefault(checkpoint.directory.resolve(), checkpoint.directory)
+        ) is not checkpoint.directory:
+            raise ConversionError(
+                f"{checkpoint.directory}: checkpoint must be named once, got it as {known} too. "
+                "Drop one, and give the other more of the --weights."
+            )
 
 
 def _validate_same_model(checkpoints: Sequence[TrainingCheckpoint]) -> None:

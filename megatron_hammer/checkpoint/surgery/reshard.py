@@ -109,6 +109,7 @@ def reshard(
     require_reshardable_optimizer(
         checkpoint, remedy="Resume once at its own layout and save with --dist-ckpt-optim-fully-reshardable."
     )
+    _refuse_no_sizes(target)
     args = _change_arguments(checkpoint.args, target)
     if problems := _find_problems(args):
         raise ConversionError(*problems)
@@ -246,6 +247,18 @@ def _change_arguments(saved: Any, target: TargetLayout) -> Namespace:
     if saved.vocab_size and tp != tp_saved:
         args.padded_vocab_size = count_padded_rows(args)
     return args
+
+
+def _refuse_no_sizes(target: TargetLayout) -> None:
+    """Raise ConversionError for a size below 1, of which 0 would stand for the checkpoint's."""
+    sizes = {name.replace("_", "-"): getattr(target, name) for name in TargetLayout.__dataclass_fields__}
+    problems = [
+        f"{flag}: must be at least 1, got {flag}={size}. Drop it to keep the checkpoint's."
+        for flag, size in sizes.items()
+        if size is not None and size < 1
+    ]
+    if problems:
+        raise ConversionError(*problems)
 
 
 def _change_stages(args: Namespace, saved: Any, target: TargetLayout) -> None:

@@ -47,6 +47,9 @@ from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 _MASTER_KINDS = ("param", "fp32_param")  # of the distributed optimizer, and of mixed precision without it
 
 
+LARGEST_VOCABULARY = 100_000_000  # each new row is an entry of a list
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewVocabulary:
     """What to make. vocab_size: tokens; None for as many as the new tokenizer has, or the model if that is more.
@@ -148,12 +151,16 @@ def resize_vocabulary(
 
 def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens: int) -> _Rows:
     wanted = vocabulary.vocab_size
+    if wanted is not None and not 1 <= wanted <= LARGEST_VOCABULARY:
+        raise ConversionError(
+            f"vocab-size: must be from 1 to {LARGEST_VOCABULARY:,}, got vocab_size={wanted}. Pass another."
+        )
     if vocabulary.new_tokenizer_path is None:
         if wanted is None:
             raise ConversionError("vocab-size: must be given where no new tokenizer is. Pass one of the two.")
-        if wanted < 1 or wanted == num_tokens:
+        if wanted == num_tokens:
             raise ConversionError(
-                f"vocab-size: must be a positive number other than the model's, got vocab_size={wanted}, "
+                f"vocab-size: must be another than the model's, got vocab_size={wanted}, "
                 f"{num_tokens} in {checkpoint.directory}. Pass another."
             )
         # range() of a negative number is empty: a smaller vocabulary only cuts rows off.

@@ -200,7 +200,7 @@ def _plan_router(checkpoint: TrainingCheckpoint, shape: ExpertShape, args: Names
 def build_router(layer: int, shape: ExpertShape, *, hidden_size: int, std: float) -> Tensor:
     """Random rows of one layer [num_experts, h] in fp32: one for each virtual group, repeated for its experts."""
     # A generator for each layer: a box is computed twice, to write and to verify it, and in any order.
-    generator = torch.Generator().manual_seed(shape.seed * _SEED_STRIDE + layer)
+    generator = torch.Generator().manual_seed((shape.seed * _SEED_STRIDE + layer) % (1 << 63))
     groups = torch.randn(shape.num_experts // shape.granularity, hidden_size, generator=generator) * std
     # Equal rows give equal logits, so that the top k holds whole groups.
     return groups.repeat_interleave(shape.granularity, dim=0)
@@ -287,6 +287,8 @@ def _find_model_problems(checkpoint: TrainingCheckpoint) -> Iterator[str]:
 def _find_width_problems(args: Any, shape: ExpertShape) -> Iterator[str]:
     if shape.num_experts < 2:
         yield f"num-experts: must be at least 2, got num_experts={shape.num_experts}. Pass more."
+    if shape.router_std is not None and not 0 < shape.router_std < math.inf:
+        yield f"router-init-std: must be positive and finite, got router_std={shape.router_std}. Pass 0.02, or drop it."
     if shape.granularity < 1 or args.ffn_hidden_size % shape.granularity:
         yield (
             "moe-upcycling-granularity: must divide ffn_hidden_size, got "

@@ -96,6 +96,7 @@ def test_every_difference_is_named(tmp_path):
         (1, None, "checkpoints: must be at least two, got 1. Name another."),
         (3, [1.0, 2.0], "weights: must be one for each checkpoint, got 2 for 3 checkpoints. Pass as many."),
         (2, [1.0, -1.0], "weights: must be finite numbers with a positive sum, got 1.0, -1.0. Change them."),
+        (2, [1e308, 1e308], "weights: must be finite numbers with a positive sum, got 1e+308, 1e+308. Change them."),
         (2, [1.0, float("inf")], "weights: must be finite numbers with a positive sum, got 1.0, inf. Change them."),
     ],
 )
@@ -107,3 +108,12 @@ def test_weights_that_make_no_mean(tmp_path, num_folders, weights, text):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="checkpoint directory does not exist"):
         average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
+
+
+def test_a_checkpoint_does_not_count_twice_by_another_name(tmp_path):
+    _, (first, second, _) = write_three(tmp_path)
+    (tmp_path / "link").symlink_to(first)
+    for other in (first, first / ".." / first.name, tmp_path / "link", next(first.glob("iter_*"))):
+        with pytest.raises(ConversionError, match="checkpoint must be named once, got it as"):
+            average([first, second, other], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()

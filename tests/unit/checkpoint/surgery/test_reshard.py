@@ -146,6 +146,18 @@ def test_a_target_that_does_not_fit_is_refused_by_every_reason(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_size_of_0_does_not_stand_for_the_checkpoints(tmp_path):
+    write_training_checkpoint(tmp_path / "old")
+    target = TargetLayout(tensor_model_parallel_size=0, decoder_last_pipeline_num_layers=-1)
+    with pytest.raises(ConversionError) as caught:
+        reshard(tmp_path / "old", tmp_path / "new", target)
+    assert_problems(
+        caught.value.problems,
+        ("tensor-model-parallel-size: must be at least 1, got tensor-model-parallel-size=0.",),
+        ("decoder-last-pipeline-num-layers: must be at least 1, got decoder-last-pipeline-num-layers=-1.",),
+    )
+
+
 def test_an_optimizer_tied_to_its_layout_is_refused(tmp_path):
     write_training_checkpoint(tmp_path / "old", sharding="dp_reshardable")
     text = (

@@ -1,6 +1,7 @@
 """Old rows stay, new ones are means, moments of new ones are zero, in the weights and in the optimizer alike."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,8 +139,9 @@ def write_extension(folder):
     ("vocabulary", "text"),
     [
         (NewVocabulary(), "vocab-size: must be given where no new tokenizer is. Pass one of the two."),
-        (NewVocabulary(vocab_size=53), "vocab-size: must be a positive number other than the model's, got"),
-        (NewVocabulary(vocab_size=0), "vocab-size: must be a positive number other than the model's, got"),
+        (NewVocabulary(vocab_size=53), "vocab-size: must be another than the model's, got vocab_size=53, 53 in"),
+        (NewVocabulary(vocab_size=0, new_tokenizer_path=Path("a")), "vocab-size: must be from 1 to 100,000,000, got"),
+        (NewVocabulary(vocab_size=10**13), "vocab-size: must be from 1 to 100,000,000, got vocab_size=10000000000000."),
     ],
 )
 def test_impossible_sizes_are_refused(tmp_path, vocabulary, text):

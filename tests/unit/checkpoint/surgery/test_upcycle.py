@@ -170,6 +170,11 @@ def test_all_reasons_against_upcycling_are_named_at_once(tmp_path):
         (ExpertShape(num_experts=4, router_topk=1), {}, "moe-router-pre-softmax: must be on where one expert is cho"),
         (ExpertShape(num_experts=4, router_topk=3, granularity=2), {}, "moe-router-topk: must be a multiple of the gr"),
         (ExpertShape(num_experts=4, router_topk=2, granularity=0), {}, "moe-upcycling-granularity: must divide ffn_hi"),
+        (
+            ExpertShape(num_experts=4, router_topk=2, router_std=-1.0),
+            {},
+            "router-init-std: must be positive and finite",
+        ),
         (ExpertShape(num_experts=4, router_topk=2), {"add_bias_linear": True}, "MLP must have no biases, as experts"),
     ],
 )
