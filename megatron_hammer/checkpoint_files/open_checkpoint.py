@@ -28,6 +28,10 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: 
         raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
     directory = find_iteration(Path(path), iteration)
     if is_legacy(directory):
+        if (directory / ".metadata").is_file():
+            raise CheckpointError(
+                f"{directory}: must hold one checkpoint, got both .metadata and mp_rank_* folders. Move one away."
+            )
         return open_legacy_checkpoint(directory, weights=weights)
     reader = TorchDistReader(directory, weights=weights)
     validate_iteration(directory, reader.iteration)

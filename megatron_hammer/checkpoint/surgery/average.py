@@ -141,12 +141,10 @@ def _validate_weights(load_dirs: Sequence[Path], weights: Sequence[float] | None
 def _refuse_repeated(checkpoints: Sequence[TrainingCheckpoint]) -> None:
     """By another spelling or a link, a checkpoint would count twice while all weights look equal."""
     names: dict[Path, Path] = {}
-    for checkpoint in checkpoints:
-        if (
-            known := names.setdefault(checkpoint.directory.resolve(), checkpoint.directory)
-        ) is not checkpoint.directory:
+    for directory in [checkpoint.directory for checkpoint in checkpoints]:
+        if (known := names.setdefault(directory.resolve(), directory)) is not directory:
             raise ConversionError(
-                f"{checkpoint.directory}: checkpoint must be named once, got it as {known} too. "
+                f"{directory}: checkpoint must be named once, got it as {known} too. "
                 "Drop one, and give the other more of the --weights."
             )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import CheckpointError
-from megatron_hammer.files.read import refuse_pipe
+from megatron_hammer.files.read import is_present, refuse_pipe
 
 # Source: megatron.core.dist_checkpointing.validation.save_integrity_manifest of 0.19.2
 HASHES_FILE = "integrity.json"
@@ -108,6 +108,7 @@ def read_hashes(directory: Path) -> dict[str, FileHash] | None:
         for name, expected in hashes.items():
             _validate_entry(name, expected)
     except FileNotFoundError:
+        is_present(path, raises=CheckpointError)  # raises for a link to nothing
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

@@ -34,6 +34,7 @@ from megatron_hammer.checkpoint_files.torch_dist.description import (
 )
 from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import find_saved_tensor, map_tensor, read_into
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files.read import is_present
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
 LEGACY_COMMON_FILE = "common.pt"
@@ -311,8 +312,9 @@ def _open(path: Path) -> FileIO:
 
 def _validate_format(directory: Path) -> None:
     description = directory / "metadata.json"
+    is_there = is_present(description, raises=CheckpointError)
     try:
-        backend = json.loads(description.read_bytes())["sharded_backend"] if description.is_file() else "torch_dist"
+        backend = json.loads(description.read_bytes())["sharded_backend"] if is_there else "torch_dist"
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{description}: must name the sharded_backend, got {error}. The copy is incomplete; copy it again."

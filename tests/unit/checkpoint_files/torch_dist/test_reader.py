@@ -223,3 +223,19 @@ def test_reading_imports_no_megatron(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "integrity.json"])
+def test_a_description_that_is_a_link_to_nothing_is_not_absent(tmp_path, name):
+    directory = write_toy_checkpoint(tmp_path, toy_llama_tensors())
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to("gone")
+    with pytest.raises(CheckpointError, match=rf"{name}: link must lead to a file, got gone"):
+        open_checkpoint(tmp_path)
+
+
+def test_checkpoints_of_two_formats_in_one_folder_are_refused(tmp_path):
+    directory = write_toy_checkpoint(tmp_path, toy_llama_tensors())
+    (directory / "mp_rank_00").mkdir()
+    with pytest.raises(CheckpointError, match=r"must hold one checkpoint, got both \.metadata and mp_rank_\* folders"):
+        open_checkpoint(tmp_path)
