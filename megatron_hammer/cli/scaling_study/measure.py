@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         list_to_stdout(settings)
         return
-    machine = select_machine(arguments)
+    machine = select_machine(arguments, max(one.layout.world_size for one in settings))
     # Before the runs, which take long. The header is in every runs.csv of this command.
     require_results([arguments.output_dir / "runs.csv"], mark=format_rows(()))
     outcomes = run_sweep(
@@ -142,9 +142,14 @@ def list_to_stdout(settings: list[Setting]) -> None:
     print(f"{len(settings)} settings, none started", file=sys.stderr)
 
 
-def select_machine(arguments: argparse.Namespace) -> Machine:
-    """Raises PlatformError where cuda is asked for and the driver shows no GPU."""
+def select_machine(arguments: argparse.Namespace, most_processes: int) -> Machine:
+    """Raises PlatformError where cuda is asked for and there is no GPU, ConfigError where a layout needs more GPUs."""
     gpu_names = find_gpus(arguments.platform)
+    if 0 < len(gpu_names) < most_processes:
+        raise ConfigError(
+            f"layouts: must need at most the {len(gpu_names)} GPUs of this machine, got {most_processes} processes. "
+            "Drop the larger ones, or pass --platform cpu."
+        )
     return Machine(
         platform="cuda" if gpu_names else "cpu",
         gpu_type=gpu_names[0] if gpu_names else CPU_TYPE,

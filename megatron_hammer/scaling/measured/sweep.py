@@ -16,7 +16,12 @@ from annotated_types import MinLen
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml
-from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.accounting import (
+    ParallelLayout,
+    find_grid_problems,
+    find_shard_problems,
+    find_split_problems,
+)
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Preset
 from megatron_hammer.scaling.launch.training_flags import (
@@ -36,6 +41,10 @@ SIZES = {
 }
 # Megatron's flags that say what a run reads. Without any of them a run reads generated tokens (--mock-data).
 DATA_FLAGS = ("--data-path", "--data-args-path", "--per-split-data-args-path", "--train-data-path", "--mock-data")
+# Training flags that change what a layout must divide.
+SIZE_FLAGS = (
+    r"--(num-|hidden-size|ffn-|kv-channels|group-query|moe-|vocab-|decoder-|account-|tensor-|pipeline-|expert-)"
+)
 TRAINED_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -127,6 +136,7 @@ def list_settings(sweep: Sweep) -> list[Setting]:
         try:
             preset, layout = select_preset(preset_name), parse_layout(layout_name)
             list_layout_flags(preset.model, layout)
+            problems += _find_layout_problems(sweep, preset, layout_name, layout)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -134,6 +144,18 @@ def list_settings(sweep: Sweep) -> list[Setting]:
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return settings
+
+
+def _find_layout_problems(sweep: Sweep, preset: Preset, layout_name: str, layout: ParallelLayout) -> list[str]:
+    """Why the model cannot be cut so. Otherwise every process of the run would start before it says so."""
+    if any(re.match(SIZE_FLAGS, flag) for flag in sweep.flags):
+        return []  # they have the last word
+    model = preset.model
+    problems = find_grid_problems(layout) or (
+        *find_shard_problems(model, layout),
+        *find_split_problems(model.num_layers, layout),
+    )
+    return [f"layouts: {layout_name} of {preset.name}: {problem}" for problem in problems]
 
 
 def _find_problems(sweep: Sweep) -> list[str]:

@@ -25,14 +25,14 @@ with open(sys.argv[1], "w") as file:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the settings that were started; pp3 fails, and pp4 loses its last step."""
+    """Names of the settings that were started; dp3 fails, and dp4 loses its last step."""
     names: list[str] = []
 
     def build_command(setting: Setting, machine: Machine, metrics_path: Path) -> list[str]:
         names.append(setting.layout_name)
-        if setting.layout_name == "pp3":
+        if setting.layout_name == "dp3":
             return ["bash", "-c", "echo start; echo 'error: pp: must divide, got 3. Use 2.'; exit 2"]
-        num_steps = setting.steps - (setting.layout_name == "pp4")
+        num_steps = setting.steps - (setting.layout_name == "dp4")
         return [sys.executable, "-S", "-c", TRAIN, str(metrics_path), str(num_steps)]
 
     monkeypatch.setattr(measure, "build_command", build_command)
@@ -72,18 +72,18 @@ def test_a_changed_setting_is_a_new_run(started: list[str], tmp_path: Path) -> N
 
 
 def test_a_failed_run_is_recorded_and_tried_again(started: list[str], tmp_path: Path) -> None:
-    outcomes = sweep(tmp_path, "pp3", "pp4", "single")
+    outcomes = sweep(tmp_path, "dp3", "dp4", "single")
     assert [outcome.reason for outcome in outcomes] == [
         "exit code 2: pp: must divide, got 3. Use 2.",
         "ended without all 5 steps in metrics.jsonl",
         None,
     ]
     assert [entry.setting.layout_name for entry in collect_measured(outcomes)] == ["single"]
-    (record_path,) = (tmp_path / "runs").glob("*pp3*/run.json")
+    (record_path,) = (tmp_path / "runs").glob("*dp3*/run.json")
     record = json.loads(record_path.read_text())
     assert (record["status"], record["exit_code"], record["settings"]["num_processes"]) == ("failed", 2, 3)
-    sweep(tmp_path, "pp3", "single")
-    assert started == ["pp3", "pp4", "single", "pp3"]
+    sweep(tmp_path, "dp3", "single")
+    assert started == ["dp3", "dp4", "single", "dp3"]
 
 
 def test_a_run_without_its_metrics_is_run_again(started: list[str], tmp_path: Path) -> None:

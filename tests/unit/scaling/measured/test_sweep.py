@@ -136,3 +136,14 @@ def test_files_that_are_no_sweep(text: str, match: str, tmp_path: Path) -> None:
 def test_digest_changes_with_anything() -> None:
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
     assert digest_of({"a": 1, "b": [2]}) != digest_of({"a": 1, "b": [3]})
+
+
+def test_layouts_that_cannot_cut_the_model_are_refused_before_any_process_starts() -> None:
+    with pytest.raises(ConfigError) as caught:
+        list_settings(Sweep(presets=("hammer-tiny",), layouts=("tp64", "single", "pp999")))
+    assert len(caught.value.problems) >= 2
+    for layout in ("tp64", "pp999"):
+        assert any(problem.startswith(f"layouts: {layout} of hammer-tiny: ") for problem in caught.value.problems)
+    # Training flags have the last word on the model's sizes.
+    (setting,) = list_settings(Sweep(presets=("hammer-tiny",), layouts=("pp999",), flags=("--num-layers", "999")))
+    assert setting.layout.world_size == 999
