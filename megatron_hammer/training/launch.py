@@ -29,7 +29,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -216,6 +216,14 @@ def choose_exit_code(received: Sequence[signal.Signals]) -> int:
     and srun --kill-on-bad-exit would kill those that are still saving.
     """
     return 0 if not received or signal.SIGUSR1 in received else 128 + received[0]
+
+
+def choose_common_exit_code(received: Sequence[signal.Signals], max_over_ranks: Callable[[float], float]) -> int:
+    """As `choose_exit_code`, of the signals that any rank has got: they stop all ranks, and no launcher may take it for
+    the end of the schedule. Called by every rank."""
+    is_announced = max_over_ranks(float(signal.SIGUSR1 in received))
+    code = max_over_ranks(float(choose_exit_code(received)))
+    return 0 if is_announced else int(code)
 
 
 def die_silently_of_interrupts() -> None:

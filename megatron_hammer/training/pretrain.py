@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING
 from megatron_hammer.config.environment import read_slurm_variables
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError, exit_on_user_error
 from megatron_hammer.training.launch import (
-    choose_exit_code,
+    choose_common_exit_code,
     die_silently_of_interrupts,
     end_with_launcher,
     list_stop_signals,
@@ -211,7 +211,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
         pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
         report_early_stop(observer, stop)
-        exit_code, is_stopped = choose_exit_code(received), True
+        exit_code, is_stopped = choose_common_exit_code(received, device.max_over_ranks), True
     observer.wait_for_scores(is_stopped=lambda: is_stopped or bool(received), on_wait=lambda: progress.enter("ending"))
 
     def finish() -> None:

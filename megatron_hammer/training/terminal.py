@@ -9,6 +9,7 @@ import faulthandler
 import io
 import logging
 import os
+import select
 import socket
 import sys
 import warnings
@@ -20,12 +21,12 @@ from megatron_hammer.files.read import refuse_pipes
 from megatron_hammer.training.supervision.log_folder import find_log, find_log_dir
 from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE, STACKS_SIGNAL
 
+PATIENCE_S = 10.0
+_CHUNK_CHARS = 1024  # a pipe that is ready takes at least a page, without waiting
+
 
 class LogStream(io.TextIOWrapper):
-    """A text file that loses what its disk has no room for, and lets the run go on. Nothing is buffered.
-
-    It also loses what a terminal that is gone, or a program that has ended, does not take.
-    """
+    """A text file that loses what its disk has no room for, and lets the run go on. Nothing is buffered."""
 
     def write(self, text: str) -> int:
         try:
@@ -34,9 +35,35 @@ class LogStream(io.TextIOWrapper):
             return len(text)
 
 
-def lose_what_is_not_taken(stream: IO[str]) -> LogStream:
-    """The same terminal, pipe or file, as a stream that never fails."""
-    return LogStream(os.fdopen(os.dup(stream.fileno()), "wb", buffering=0), encoding="utf8", write_through=True)
+class TerminalStream(LogStream):
+    """A terminal or pipe; loses what one that is gone, or does not read for `PATIENCE_S`, does not take.
+
+    Ctrl-S stops a terminal, and a pager or a copy to a hanging disk stops a pipe: the run would wait for it.
+    """
+
+    _is_stalled = False
+
+    def write(self, text: str) -> int:
+        for start in range(0, len(text), _CHUNK_CHARS):
+            was_stalled = self._is_stalled
+            if not self._wait_for_room():
+                break
+            if was_stalled:
+                super().write("\nwarning: nothing was read here for a time, and what was printed meanwhile is lost.\n")
+            super().write(text[start : start + _CHUNK_CHARS])
+        return len(text)
+
+    def _wait_for_room(self) -> bool:
+        """Not for one that has not been read for so long already."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        self._is_stalled = not poll.poll(0 if self._is_stalled else 1000 * PATIENCE_S)
+        return not self._is_stalled
+
+
+def lose_what_is_not_taken(stream: IO[str]) -> TerminalStream:
+    """The same terminal, pipe or file, as a stream that never fails and never waits for long."""
+    return TerminalStream(os.fdopen(os.dup(stream.fileno()), "wb", buffering=0), encoding="utf8", write_through=True)
 
 
 class CopiedStream:
@@ -75,7 +102,7 @@ def divert_output(save_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     sys.stdout.flush()
     os.dup2(log_file.fileno(), 1)  # what compiled code prints goes there too
     sys.stdout = log_file
-    sys.stderr = CopiedStream(sys.stderr, log_file)  # type: ignore[assignment]
+    sys.stderr = CopiedStream(lose_what_is_not_taken(sys.stderr), log_file)  # type: ignore[assignment]
     log_file.write(_describe_process(rank))
     leave_stacks(log_file)
 

@@ -1,12 +1,13 @@
 """A run that stands still: who holds it up is said long before the collectives time out, and may end the attempt."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.launched_runs import LaunchedRun, find_free_port, read_events, wait_for_step, wait_until
-from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE
+from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, read_tracker
 
 pytestmark = pytest.mark.distributed
 ENDLESS = (*TOY_MODEL, *TOY_SCHEDULE, "--train-iters", "5000", "--mock-data", "--save-interval", "5000")
@@ -76,3 +77,23 @@ def test_a_rank_that_waits_for_nobody_is_named(tmp_path: Path) -> None:
     wait_until(lambda: "in stuck" in log_path.read_text(), run=run)
     assert read_events(tmp_path, "rank-failed") == [], "without --end-hangs it is only said"
     run.kill()
+
+
+@pytest.mark.long
+def test_a_stopped_launcher_of_node_0_is_waited_for(tmp_path: Path) -> None:
+    """The other node ends its ranks after 30 s of silence, and the run continues when the launcher does."""
+    port = str(find_free_port())
+
+    def launch(node: int) -> LaunchedRun:
+        place = ("--nnodes", "2", "--node-rank", str(node), "--master-addr", "localhost", "--master-port", port)
+        schedule = ("--train-iters", "1500", "--save-interval", "100")
+        options = ("--nproc-per-node", "1", "--max-restarts", "2")
+        return LaunchedRun(*place, *options, "--", *ENDLESS, *schedule, "--save", str(tmp_path))
+
+    first, second = launch(0), launch(1)
+    wait_for_step(first, tmp_path, 3)
+    os.kill(first.pid, signal.SIGSTOP)
+    wait_until(lambda: bool(read_events(tmp_path, "node-lost")), run=second)
+    os.kill(first.pid, signal.SIGCONT)
+    assert (first.wait(300), second.wait(300)) == (0, 0), first.log + second.log
+    assert read_tracker(tmp_path) == 1500

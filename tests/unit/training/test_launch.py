@@ -255,3 +255,29 @@ def test_a_hangup_that_nohup_switched_off_stays_off() -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert signal.SIGHUP in launch.list_stop_signals()
+
+
+@pytest.mark.parametrize(
+    ("received", "codes"),
+    [
+        ([[], [signal.SIGHUP]], [129, 129]),
+        ([[], []], [0, 0]),
+        ([[signal.SIGTERM], [signal.SIGUSR1]], [0, 0]),  # a scheduler's warning: no rank may end the job
+    ],
+)
+def test_ranks_that_a_signal_to_one_of_them_stops_end_alike(
+    received: list[list[signal.Signals]], codes: list[int]
+) -> None:
+    def choose(own: list[signal.Signals]) -> int:
+        def max_over_ranks(value: float) -> float:
+            asked.append(value)
+            is_first = len(asked) % 2
+            return max(
+                float(signal.SIGUSR1 in signals) if is_first else float(launch.choose_exit_code(signals))
+                for signals in received
+            )
+
+        asked: list[float] = []
+        return launch.choose_common_exit_code(own, max_over_ranks)
+
+    assert [choose(own) for own in received] == codes

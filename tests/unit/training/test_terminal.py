@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.training import terminal
 from megatron_hammer.training.terminal import divert_output, lose_what_is_not_taken
 
 PROGRAM = """
@@ -140,3 +141,20 @@ def test_a_pipe_in_the_place_of_a_log_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "logs" / "rank-0.log")
     with pytest.raises(ConfigError, match=r"rank-0\.log: must be a file, got a pipe"):
         divert_output(tmp_path, 0)
+
+
+def test_a_reader_that_does_not_read_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE_S", 0.05)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:
+        stream = lose_what_is_not_taken(pipe)
+        for number in range(3000):  # far more than a pipe holds
+            print(f"step {number} {'x' * 60}", file=stream)
+        taken = os.read(reader, 1 << 20)
+        print("again", file=stream)
+        after = os.read(reader, 1 << 20).decode()
+        stream.close()
+    os.close(reader)
+    assert taken.startswith(b"step 0 ")
+    assert b"step 2999" not in taken
+    assert after == "\nwarning: nothing was read here for a time, and what was printed meanwhile is lost.\nagain\n"

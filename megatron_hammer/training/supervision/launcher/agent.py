@@ -85,10 +85,14 @@ class SupervisedAgent(LocalElasticAgent):
         return pids
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
-        """End the ranks. Only a run that a signal stops has a checkpoint to write; others have lost a rank."""
+        """End the ranks. Only a run that a signal stops has a checkpoint to write.
+
+        Otherwise they are killed: ranks take SIGTERM for the wish to stop the whole run, also on the other nodes.
+        """
         is_stopped = isinstance(sys.exception(), SignalException)
         if self._pcontext is not None:
-            self._pcontext.close(death_sig, timeout=int(self._stop_grace_s if is_stopped else FAILURE_GRACE_S))
+            grace_s = int(self._stop_grace_s if is_stopped else FAILURE_GRACE_S)
+            self._pcontext.close(death_sig if is_stopped else signal.SIGKILL, timeout=grace_s)
         self._pcontext = None
         super()._shutdown(death_sig)
 
