@@ -103,6 +103,9 @@ def read_vocabulary(
     added = _list_added_tokens(tokenizer)
     entries = _complete(entries, added, vocab_size=vocab_size, where=path)
     adds_bos, adds_eos = _find_added_ends(tokenizer)
+    _require_own_ids("bos_token_id", config.get("bos_token_id"), vocab_size)
+    for source in (generation or {}, config):
+        _require_own_ids("eos_token_id", source.get("eos_token_id"), vocab_size)
     return GgufVocabulary(
         encoder=encoder,
         tokens=tuple(entry.text for entry in entries),
@@ -122,6 +125,17 @@ def read_vocabulary(
         conversations=tuple(_render(tokenizer, conversation) for conversation in CONVERSATIONS),
         **facts,
     )
+
+
+def _require_own_ids(name: str, value: Any, vocab_size: int) -> None:
+    """Raise ConversionError for what is no id of the model; -1 and null say that there is none."""
+    ids = value if isinstance(value, list) else [value]
+    strange = [token_id for token_id in ids if token_id is not None and type(token_id) is not int]
+    if strange := strange or [token_id for token_id in ids if token_id is not None and token_id >= vocab_size]:
+        raise ConversionError(
+            f"{name}: must be ids of the model's {vocab_size:,} tokens, got {', '.join(map(repr, strange[:5]))}. "
+            "Correct generation_config.json and config.json."
+        )
 
 
 def _first_id(*candidates: Any) -> int | None:

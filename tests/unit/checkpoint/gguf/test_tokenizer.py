@@ -221,6 +221,21 @@ def test_every_end_of_a_text_is_kept_the_tokenizers_own_first(tmp_path):
     assert read_vocabulary(tmp_path, vocab_size=320, config={"eos_token_id": [9, 7]}).eos_ids == (9, 7)
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "message"),
+    [
+        ({}, {"eos_token_id": [7, 320]}, "eos_token_id: must be ids of the model's 320 tokens, got 320"),
+        ({"eos_token_id": "7"}, None, "eos_token_id: must be ids of the model's 320 tokens, got '7'"),
+        ({"bos_token_id": 999}, {}, "bos_token_id: must be ids of the model's 320 tokens, got 999"),
+    ],
+)
+def test_ends_that_are_no_tokens_are_refused(tmp_path, config, generation, message):
+    write_byte_level(tmp_path, *GPT2_STEPS)
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        read_vocabulary(tmp_path, vocab_size=320, config=config, generation=generation)
+    read_vocabulary(tmp_path, vocab_size=320, config={"eos_token_id": -1, "bos_token_id": None}, generation={})
+
+
 def test_a_tokenizer_without_ends_is_refused_since_llama_cpp_would_take_an_ordinary_token(tmp_path):
     write_byte_level(tmp_path, *GPT2_STEPS)
     vocabulary = dataclasses.replace(read_vocabulary(tmp_path, vocab_size=320, config={}), eos_ids=())
