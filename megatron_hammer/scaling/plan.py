@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.memory.options import OffloadModule, RecomputeModule
@@ -20,6 +20,12 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 AtLeastOne = Annotated[float, Ge(1), Lt(math.inf)]
+# Of GPUs and clusters: wide enough for every machine, and too narrow for a number in another unit.
+Tflops = Annotated[float, Gt(0), Le(1e6)]
+BytesPerS = Annotated[float, Ge(1e6), Le(1e15)]
+LatencyS = Annotated[float, Ge(0), Le(1)]
+Watts = Annotated[float, Ge(0.1), Le(1e5)]
+MemoryBytes = Annotated[int, Ge(2**20), Le(2**50)]
 
 # Of the matrix products; the rest is 16-bit. fp8 has one scale per tensor (delayed or current), fp8_blockwise one per
 # 128 elements or 128 x 128 of a weight, mxfp8 one per 32 elements, nvfp4 one per 16.
@@ -54,14 +60,14 @@ class Gpu:
     name: str
     source: Text
     aliases: tuple[Text, ...] = ()  # other spellings, as published tables and torch.cuda write them
-    fp32_tflops: PositiveFloat  # TF32 if the GPU has it
-    fp16_tflops: PositiveFloat
-    bf16_tflops: PositiveFloat | None = None
-    fp8_tflops: PositiveFloat | None = None
-    fp4_tflops: PositiveFloat | None = None
-    memory_bytes: PositiveInt
-    memory_bytes_per_s: PositiveFloat
-    power_w: PositiveFloat  # of the board at full load
+    fp32_tflops: Tflops  # TF32 if the GPU has it
+    fp16_tflops: Tflops
+    bf16_tflops: Tflops | None = None
+    fp8_tflops: Tflops | None = None
+    fp4_tflops: Tflops | None = None
+    memory_bytes: MemoryBytes
+    memory_bytes_per_s: BytesPerS
+    power_w: Watts  # of the board at full load
     exponentials_per_s: PositiveFloat | None = None  # of the special function units, which attention's softmax needs
     compute_capability: PositiveFloat | None = None  # of CUDA; None: from the formats that it multiplies in
 
@@ -89,10 +95,10 @@ class Cluster:
     gpu: Text  # name of what it is usually built of
     gpus_per_node: PositiveInt
     nvlink_domain_size: PositiveInt  # GPUs that are connected at nvlink_bytes_per_s; 72 in an NVL72 rack
-    nvlink_bytes_per_s: PositiveFloat
-    nvlink_latency_s: NonNegativeFloat
-    network_bytes_per_s: PositiveFloat
-    network_latency_s: NonNegativeFloat
+    nvlink_bytes_per_s: BytesPerS
+    nvlink_latency_s: LatencyS
+    network_bytes_per_s: BytesPerS
+    network_latency_s: LatencyS
     leaf_size: NonNegativeInt = 0  # GPUs under one leaf of the fat tree (a rail group); 0: one flat network
     spine_oversubscription_ratio: AtLeastOne = 1.0  # 2: half the bandwidth between leaves
     pod_size: NonNegativeInt = 0  # GPUs under one switch of the next level; 0: no such level
@@ -102,8 +108,8 @@ class Cluster:
     cpu_power_w_per_node: NonNegativeFloat = 0.0  # of everything in a node except its GPUs
     power_usage_effectiveness: AtLeastOne = 1.0
     usd_per_gpu_hour: NonNegativeFloat | None = None
-    host_bytes_per_s: PositiveFloat = 31.5e9  # from a GPU to its host and back: PCIe 4.0 x16
-    host_memory_bytes_per_s: PositiveFloat = 51e9  # a GPU's share of the host's memory bandwidth: DGX A100's
+    host_bytes_per_s: BytesPerS = 31.5e9  # from a GPU to its host and back: PCIe 4.0 x16
+    host_memory_bytes_per_s: BytesPerS = 51e9  # a GPU's share of the host's memory bandwidth: DGX A100's
     # Processes of a node that compute at full speed at once; None: all. On CPU hosts it is the number of cores.
     full_speed_processes_per_node: PositiveInt | None = None
 

@@ -305,18 +305,20 @@ def _build_share_table(result: StudyResult) -> ResultTable:
 
 
 def _build_memory_table(result: StudyResult) -> ResultTable:
+    has_host = any(one.memory.host_bytes for _, one in _best(result))
     rows = (
         (
             f"{size.num_gpus:,}",
             str(one.memory.pp_rank),
             *(f"{getattr(one.memory, name) / GIB:.1f}" for name in MEMORY_HEADS),
             f"{one.memory.total_bytes / GIB:.1f}",
+            *((f"{one.memory.host_bytes / GIB:.1f}",) if has_host else ()),
         )
         for size, one in _best(result)
     )
     return ResultTable(
         title="Memory of its heaviest stage, GiB per GPU",
-        columns=("GPUs", "stage", *MEMORY_HEADS.values(), "total"),
+        columns=("GPUs", "stage", *MEMORY_HEADS.values(), "total", *(("on host",) if has_host else ())),
         groups=(tuple(rows),),
         note="passing: gradients and gathered tensors at the peak. CUDA (context, NCCL) and frag. are allowances.",
     )

@@ -242,6 +242,12 @@ def describe_plan(plan: Plan) -> str:
         words.append(f"recomputes {' '.join(plan.recompute_modules)}")
     elif plan.recompute != "none":
         words.append(f"{plan.recompute} recomputation")
+    if plan.num_offloaded_layers:
+        words.append(f"{plan.num_offloaded_layers} layers offloaded")
+    if plan.offload_modules:
+        words.append(f"offloads {' '.join(plan.offload_modules)}")
+    if plan.optimizer_offload_ratio:
+        words.append(f"{plan.optimizer_offload_ratio:.0%} of the optimizer on the host")
     sharding = {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]
     words.append(sharding if plan.shard_size is None else f"{sharding} over {plan.shard_size} ranks")
     if plan.layout.context_parallel_size > 1 and plan.context_exchange != "p2p":

@@ -105,7 +105,7 @@ def test_a_file_changes_a_field_and_adds_a_gpu(tmp_path: Path) -> None:
     path = write(
         tmp_path / "gpus.toml",
         '[h100-sxm]\npower_w = 600\n\n[mine]\nsource = "bench"\nfp32_tflops = 1.0\nfp16_tflops = 2\n'
-        "memory_bytes = 1_000\nmemory_bytes_per_s = 3e9\npower_w = 4\n",
+        "memory_bytes = 1_000_000_000\nmemory_bytes_per_s = 3e9\npower_w = 4\n",
     )
     gpus = load_gpus(path)
     assert gpus["h100-sxm"].power_w == 600
@@ -170,3 +170,14 @@ def test_a_file_of_other_content_is_refused(tmp_path: Path, text: str, message: 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: file cannot be read \(No such file or directory\)\."):
         load_clusters(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [("memory_bytes", "80"), ("bf16_tflops", "989e12"), ("memory_bytes_per_s", "3350.0"), ("power_w", "0.0")],
+)
+def test_numbers_in_another_unit_are_refused(tmp_path: Path, field: str, number: str) -> None:
+    path = tmp_path / "gpus.toml"
+    path.write_text(f"[h100-sxm]\n{field} = {number}\n")
+    with pytest.raises(ConfigError, match=f"h100-sxm.{field} must be at (least|most) "):
+        load_gpus(path)

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_hammer.files.tables import PLAIN_WIDTH
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import PARTS
 from megatron_hammer.scaling.published.measured_runs import UnpredictableRow
@@ -23,6 +24,7 @@ from megatron_hammer.scaling.report.projection_tables import (
     print_tables,
 )
 from megatron_hammer.scaling.search.projection import Overlay, StudyResult, describe_cuts
+from megatron_hammer.scaling.search.search_space import SearchSpace
 from tests.helpers.toy_study import build_measured_run, build_toy_study, project_toy_study
 
 
@@ -54,6 +56,16 @@ def test_the_terminal_has_every_table_and_problem(result: StudyResult) -> None:
     ):
         assert title in text
     assert max(len(line) for line in text.splitlines()) <= PLAIN_WIDTH
+
+
+def test_what_waits_on_the_host_is_a_column() -> None:
+    space = SearchSpace(optimizer_offload_ratio=1.0, shardings=("distributed_optimizer",))
+    moved = project_toy_study(build_toy_study(gpu_counts=(4,), space=space))
+    memory = next(table for table in build_tables(moved) if table.title.startswith("Memory"))
+    best = moved.sizes[0].best
+    assert best is not None
+    assert (memory.columns[-1], memory.groups[0][0][-1]) == ("on host", f"{best.memory.host_bytes / GIB:.1f}")
+    assert best.memory.host_bytes > 0
 
 
 def test_rows_say_what_was_projected(result: StudyResult) -> None:

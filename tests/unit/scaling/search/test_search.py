@@ -355,6 +355,9 @@ def test_plans_in_words() -> None:
     plan = replace(plan, layout=cut, recompute="full", sharding="none")
     assert describe_plan(plan) == "tp=4 pp=2 vp=11, micro-batch 2, full recomputation, no sharding"
     assert describe_plan(replace(plan, layout=ParallelLayout())).startswith("one rank, ")
+    assert "3 layers offloaded" in describe_plan(replace(plan, num_offloaded_layers=3))
+    away = replace(plan, offload_modules=("core_attn", "mlp_norm"), optimizer_offload_ratio=0.5)
+    assert "offloads core_attn mlp_norm, 50% of the optimizer on the host" in describe_plan(away)
 
 
 def test_a_batch_with_many_divisors_is_searched_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
