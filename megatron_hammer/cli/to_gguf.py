@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
     arguments = parser.parse_args(argv)
-    parser.refuse_idle(argv, {"text_key": "corpus"})
+    parser.refuse_idle(argv, {"json_keys": "corpus"})
     if arguments.no_verify and arguments.corpus:
         parser.error("--corpus is compared with llama.cpp, got --no-verify too")
     return arguments

@@ -46,7 +46,8 @@ class _Store(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         before: Any = getattr(namespace, self.dest, None)
-        if self.option_strings and self.nargs in ("+", "*") and before is not self.default:
+        # None: `refuse_idle` parses without the defaults.
+        if self.option_strings and self.nargs in ("+", "*") and before is not None and before is not self.default:
             values = [*before, *values]
         setattr(namespace, self.dest, values)
 

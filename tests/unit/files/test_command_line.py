@@ -110,11 +110,12 @@ def test_a_flag_needs_the_one_that_gives_it_an_effect(words: tuple[str, ...], me
     parser.add_argument("--max-epochs", type=int, default=4)
     parser.add_argument("--off", action="store_false")
     parser.add_argument("--shuffle", action="store_true")
+    parser.add_argument("--input", nargs="+", default=["x"])
     for flag in ("--tokens", "--num-iters"):
         parser.add_argument(flag)
     needs = {"seed": "shuffle", "off": "shuffle", "max_epochs": "tokens or num_iters"}
     with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
-        parser.refuse_idle(words, needs)
+        parser.refuse_idle((*words, "--input", "a", "b", "--input", "c"), needs)
 
 
 def test_a_name_that_is_looked_up_is_one_of_the_choices() -> None:
