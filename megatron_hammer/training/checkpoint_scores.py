@@ -9,6 +9,7 @@ nothing. An evaluation that fails is a warning, an event and a line, and never t
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -143,7 +144,8 @@ class CheckpointScorer:
 
     def _end_process(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # with the processes that a task has started
             self._process.wait()
             self._process = None
 

@@ -103,7 +103,7 @@ def repeat_run(arguments: Sequence[str]) -> list[str]:
     source = read_option(arguments, FROM_RUN)
     if source is None:
         return list(arguments)
-    if read_option(arguments, "--save") is None and "--dry-run" not in arguments:
+    if read_option(arguments, "--save") is None:
         raise ConfigError(
             f"save: must be given with --from-run, because {source} would be continued, got none. Pass --save NEW."
         )
@@ -127,7 +127,7 @@ def read_newest_start(source: Path) -> dict[str, Any]:
     Of a folder, it is the newest one of a user: where the launcher has started the ranks again, they did not begin as
     the run did.
     """
-    files = sorted((source / RUN_DIR).glob("start-*.json")) if source.is_dir() else [source]
+    files = [source] if source.is_file() else sorted((source / RUN_DIR).glob("start-*.json"))
     if not files:
         raise ConfigError(
             f"from-run: must be a folder that a run has saved into, got {source} without {RUN_DIR}/start-*.json. "

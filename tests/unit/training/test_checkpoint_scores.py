@@ -22,11 +22,13 @@ from megatron_hammer.training.checkpoint_scores import (
 
 # It says which checkpoint it was asked for, and fails or waits where a file tells it to.
 PROGRAM = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 here, words = pathlib.Path(__file__).parent, sys.argv[1:]
 step = int(words[words.index("--iterations") + 1]) if "--iterations" in words else None
 with open(here / "asked", "a") as file:
     file.write(json.dumps([step, "RANK" in os.environ]) + "\\n")
+if (here / f"hang-{step}").exists():
+    (here / "child").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
 while (here / "wait").exists() or (here / f"hang-{step}").exists():
     time.sleep(0.02)
 if (here / f"fail-{step}").exists():
@@ -146,6 +148,8 @@ def test_an_evaluation_that_hangs_is_ended_and_the_next_one_starts(bench: Bench)
     assert "longer than 0.0833333 minutes, time_limit_minutes" in failed["failure"]
     assert scored["step"] == 20
     assert not [child for child in psutil.Process().children() if "evaluate_stand_in" in child.cmdline()]
+    child = int((bench.folder / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_run_that_is_stopped_does_not_wait_and_its_next_start_scores_the_rest(bench: Bench) -> None:

@@ -33,7 +33,7 @@ def test_a_run_is_repeated_with_its_arguments_into_another_folder(run: Path) -> 
 
 def test_another_runs_checkpoint_is_begun_from_again(tmp_path: Path) -> None:
     write_start(tmp_path, describe_start(["--save", "old", "--load", "base"], {}), {})
-    assert repeat_run([f"--from-run={tmp_path}", "--dry-run"]) == ["--load", "base", "--dry-run"]
+    assert repeat_run([f"--from-run={tmp_path}", "--save", "new"]) == ["--load", "base", "--save", "new"]
 
 
 def test_the_newest_start_counts_and_a_file_names_an_earlier_one(run: Path) -> None:
@@ -94,6 +94,8 @@ def test_what_cannot_be_repeated(tmp_path: Path, flags: tuple[str, ...], content
         (tmp_path / "run" / "start-1.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         repeat_run(["--from-run", str(tmp_path), *(() if flags else ("--save", "new"))])
+    with pytest.raises(ConfigError, match=r"from-run: must be a folder that a run has saved into, got .*/none without"):
+        read_newest_start(tmp_path / "none")
 
 
 def test_code_is_a_commit_and_its_changes(tmp_path: Path) -> None:
