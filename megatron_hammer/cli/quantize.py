@@ -25,6 +25,7 @@ from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import build_table, open_console
+from megatron_hammer.platforms.select import select_platform
 from megatron_hammer.serving.quantization.comparison import (
     COLUMNS,
     ComparedModel,
@@ -80,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="samples per step (%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the samples and the steps (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="(%(default)s)")
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default=default.device, help="(%(default)s)")
     parser.add_argument(
         "--evaluate",
         nargs="+",
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Raises PlatformError if AutoRound is not installed."""
     arguments = parse_arguments(argv)
     require_auto_round()
+    select_platform(arguments.platform)  # raises where there is no GPU, before anything is read
     options = QuantizationOptions(
         load_dir=arguments.load,
         save_dir=arguments.save,
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             iterations=arguments.iterations,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
-            device=arguments.device,
+            device=arguments.platform,
         ),
         text_key=arguments.json_keys,
         num_samples=arguments.num_samples,
@@ -162,7 +164,7 @@ def compare(
     arguments: argparse.Namespace, domains: Sequence[Domain], show: Callable[[str, int, int | None], None]
 ) -> list[ComparedModel]:
     """Compare the source, the new folder and those of --compare; writes the table into the new folder."""
-    options = ScorerOptions(layout=ModelLayout(platform=arguments.device))
+    options = ScorerOptions(layout=ModelLayout(platform=arguments.platform))
     paths = [arguments.load, arguments.save, *arguments.compare]
     compared = compare_models(paths, domains, options=options, bos=arguments.bos, on_model=show)
     for note in [note for model in compared for note in model.notes]:

@@ -86,6 +86,8 @@ def compare_models(
         scores = measure_model(scorer, domains, MeasureOptions(bos=bos), reference=encoder)
         return scores, [scorer.choose_next(ids) for ids in places]
 
+    # Models of one name are called by their paths, as in every table of models.
+    names = [path.absolute().name for path in paths]
     compared: list[ComparedModel] = []
     chosen_by_source: list[list[int]] = []
     for number, path in enumerate(paths):
@@ -98,7 +100,7 @@ def compare_models(
         rows = zip(scores.domains, chosen, chosen_by_source, strict=True)
         compared.append(
             ComparedModel(
-                name=path.absolute().name,
+                name=names[number] if names.count(names[number]) == 1 else str(path),
                 size_bytes=open_hf_weights(path).num_bytes if path.is_dir() else path.stat().st_size,
                 domains=tuple(
                     ComparedDomain(

@@ -146,6 +146,8 @@ def _validate(options: QuantizationOptions) -> None:
         for name, value in positive.items()
         if value < 1
     ]
+    if not 0 <= rounding.seed < 2**32:
+        problems.append(f"seed: must be from 0 to {2**32 - 1}, got {rounding.seed}. Pass another.")
     if rounding.group_size not in GROUP_SIZES:
         allowed = ", ".join(map(str, GROUP_SIZES))
         problems.append(

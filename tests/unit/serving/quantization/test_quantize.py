@@ -76,7 +76,7 @@ def test_options_that_cannot_work_are_named_at_once(source, tmp_path) -> None:
         save_dir=tmp_path / "out",
         calibration=(),
         num_samples=0,
-        rounding=RoundingOptions(format="awq", bits=8, iterations=-1, group_size=16),
+        rounding=RoundingOptions(format="awq", bits=8, iterations=-1, group_size=16, seed=-1),
     )
     with pytest.raises(ConfigError) as error:
         quantize(options)
@@ -84,6 +84,7 @@ def test_options_that_cannot_work_are_named_at_once(source, tmp_path) -> None:
         error.value.problems,
         ("iterations", "got -1"),
         ("num-samples", "got 0"),
+        ("seed", "from 0 to 4294967295", "got -1"),
         ("group-size", "128, 64, 32", "got 16"),
         ("bits", "got 8", "--bits 4"),
     )
