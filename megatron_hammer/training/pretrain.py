@@ -217,11 +217,11 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     def finish() -> None:
         # Also after an early stop: the curve and the summary then cover the steps that were run.
         observer.finish()
-        finish_wandb()
         remove_scored(plan)
         wait_for_removals()
         if lock is not None:
             lock.release()
+        finish_wandb()  # last, since it may wait for its server
 
     finish_together(
         finish,
