@@ -51,7 +51,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--bit-exact", action="store_true", help="compare the fingerprints beside the metrics, which must be equal"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object per run")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for flag in ("tolerance", "first-step-tolerance"):
+        ratio = getattr(arguments, flag.replace("-", "_"))
+        if ratio < 0:
+            parser.error(f"--{flag} must be at least 0, got {ratio}")
+    return arguments
 
 
 @exit_on_user_error

@@ -75,6 +75,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("MODEL or --load must be given, got neither")
     if arguments.iterations is not None and arguments.load is None:
         parser.error(f"--iterations must come with --load, got --iterations {arguments.iterations} alone")
+    if arguments.check and arguments.save_dir is not None:
+        parser.error(f"--save-dir has no effect with --check, got --save-dir {arguments.save_dir}")
     return arguments
 
 

@@ -68,13 +68,15 @@ def read_run(name: str, path: Path) -> Run:
             if SAVED_FIELD in metrics:
                 continue
             step = int(metrics["step"])
+            if step in losses:
+                raise ValueError
             # Null for a loss that is not finite, which JSON cannot say.
             losses[step] = math.nan if metrics["loss"] is None else float(metrics["loss"])
             # Null for a step whose gradient norm was not computed.
             grad_norms[step] = None if metrics["grad_norm"] is None else float(metrics["grad_norm"])
         except (ValueError, KeyError, TypeError, OverflowError):
             raise DataError(
-                f"{path}:{number}: must be one JSON object with step, loss and grad_norm, got {line[:60]!r}. "
+                f"{path}:{number}: must be one JSON object with a new step, loss and grad_norm, got {line[:60]!r}. "
                 f"Run {name} again."
             ) from None
     if not losses:

@@ -70,6 +70,7 @@ def test_exit_codes_of_the_comparison(tmp_path: Path) -> None:
     [
         (("a=missing.jsonl",), "error: missing.jsonl: must be a metrics.jsonl, got no such file."),
         (("a.jsonl",), "error: --runs: each must be NAME=PATH, got 'a.jsonl'."),
+        (("a=x", "--tolerance", "-1e-3"), "error: command line: --tolerance must be at least 0, got -0.001."),
         (("a=x", "a=y"), "error: --runs: names must differ, got a, a."),
     ],
 )

@@ -37,10 +37,19 @@ def read_vocab_size(checkpoint: TrainingCheckpoint) -> int:
 
 
 def count_padded_rows(args: Namespace) -> int:
-    """Rows of the embedding at the arguments' vocabulary and tensor-parallel size, as megatron pads them."""
+    """Rows of the embedding at the arguments' vocabulary and tensor-parallel size, as megatron pads them.
+
+    Raises CheckpointError if the arguments do not say to which multiple.
+    """
+    divisible_by = getattr(args, "make_vocab_size_divisible_by", None)
+    if not divisible_by:
+        raise CheckpointError(
+            "make_vocab_size_divisible_by: the checkpoint's arguments must hold it, got none. "
+            "Pass a checkpoint that this package's training saved."
+        )
     return padded_vocab_size(
         args.vocab_size,
-        divisible_by=args.make_vocab_size_divisible_by,
+        divisible_by=divisible_by,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
     )
 

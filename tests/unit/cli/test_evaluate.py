@@ -40,6 +40,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, flags: tuple[str, ...], message:
     ("flags", "message"),
     [
         (("{folder}/none",), "none: model must be"),
+        (("m", "--check", "--save-dir", "x"), "--save-dir has no effect with --check, got --save-dir x"),
         (("--iterations", "5"), "--iterations must come with --load, got --iterations 5 alone"),
         (("--load", "{folder}", "--iterations", "5"), "iterations: must be all or among those of"),
         (("--save-dir", "{folder}"), "target must be absent or an empty folder"),

@@ -134,6 +134,16 @@ def test_padding_of_the_vocabulary_follows_tensor_parallelism(tmp_path):
     assert again["output_layer.weight"].shape == (60, 24)
 
 
+def test_arguments_that_do_not_say_how_the_vocabulary_is_padded_are_named(tmp_path):
+    arguments = training_arguments()
+    del arguments.make_vocab_size_divisible_by
+    tensors = model_tensors()
+    write_training_checkpoint(tmp_path / "tp1", tensors=tensors | optimizer_tensors(tensors), arguments=arguments)
+    with pytest.raises(CheckpointError, match="make_vocab_size_divisible_by: the checkpoint's arguments must hold it"):
+        reshard(tmp_path / "tp1", tmp_path / "tp2", TargetLayout(tensor_model_parallel_size=2))
+    assert not (tmp_path / "tp2").exists()
+
+
 def test_a_target_that_does_not_fit_is_refused_by_every_reason(tmp_path):
     write_training_checkpoint(tmp_path / "old", is_moe=True)
     target = TargetLayout(tensor_model_parallel_size=3, pipeline_model_parallel_size=3, expert_model_parallel_size=4)
