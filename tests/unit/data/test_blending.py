@@ -242,7 +242,10 @@ def test_a_split_without_a_sample_is_refused() -> None:
 
 def test_weights_and_prefixes_are_written_as_megatron_reads_them() -> None:
     sources = [BlendSource(name=name, prefix=name, num_tokens=1) for name in ("a b", "2024")]
-    assert list_data_path(["0.5", "0.5"], [dataclasses.replace(sources[0], prefix="a")] * 2) == ["0.5", "a"] * 2
+    named = [dataclasses.replace(sources[0], prefix=prefix) for prefix in "ab"]
+    assert list_data_path(["0.5", "0.5"], named) == ["0.5", "a", "0.5", "b"]
+    with pytest.raises(ConfigError, match=r"^data-path: a data set must be named once, got a 2 times"):
+        list_data_path(["0.5", "0.5"], named[:1] * 2)
     with pytest.raises(ConfigError, match=r"^data-path: must be prefixes alone, or a weight before every prefix"):
         list_data_path(["0.5", "0.5"], sources)
     with pytest.raises(ConfigError, match=r"^output: a file for --data-args-path cannot hold white space .* got 'a b'"):
