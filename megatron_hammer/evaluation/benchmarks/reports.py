@@ -55,7 +55,11 @@ def print_scores(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> None
 
 def describe_recipe(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> list[str]:
     """How the texts began, what was left out, and what was noticed."""
-    lines = [f"{model.name}: {model.precision}, before texts: {FIRST_TOKENS[model.bos]}" for model in evaluated]
+    lines = []
+    if suite.tasks:  # domains begin otherwise, of which their notes speak
+        lines += [
+            f"{model.name}: {model.precision}, before questions: {FIRST_TOKENS[model.bos]}" for model in evaluated
+        ]
     if suite.limit is not None:
         lines.append(f"the first {suite.limit} questions of each task: not comparable with published scores")
     if texts := [model.texts for model in evaluated if model.texts is not None]:

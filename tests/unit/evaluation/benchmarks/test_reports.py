@@ -34,7 +34,7 @@ def test_every_form_has_the_same_scores(tmp_path: Path, capsys: pytest.CaptureFi
     print_scores(EVALUATED, SUITE)
     printed = capsys.readouterr().out
     for text in (markdown, printed):
-        assert "before texts: no token" in text
+        assert "before questions: no token" in text
         assert "first 7 questions of each task: not comparable" in text
     assert "62.50" in printed
     assert not (tmp_path / "out" / "scores.png").exists(), "one checkpoint is no series"
