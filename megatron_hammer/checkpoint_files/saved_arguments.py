@@ -146,9 +146,9 @@ def find_saved_tokenizer(args: Any, directory: Path) -> Path | None:
 
 
 def _hash_tokenizer(path: Path) -> str | None:
-    from megatron_hammer.tokenizer.encoding.encoder import load_encoder  # loads two libraries
+    from megatron_hammer.tokenizer.encoding.encoder import hash_tokenizer  # loads two libraries
 
     try:
-        return load_encoder(path).sha256
+        return hash_tokenizer(path)
     except DataError:
         return None

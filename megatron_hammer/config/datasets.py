@@ -11,7 +11,7 @@ from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.data.order.order import MEGATRON
 from megatron_hammer.data.order.review import Record, build_record
 from megatron_hammer.platforms.agreement import ask_first_rank
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import hash_tokenizer
 
 
 def build_dataset_provider(arguments: ParsedArguments, plan: RunPlan, state: TrainingState) -> Any:
@@ -72,7 +72,7 @@ def _record_order(plan: RunPlan, state: TrainingState) -> None:
     # Only rank 0 reads the checkpoint: many ranks would read the same files from a shared file system.
     path = plan.data.tokenizer_model
     state.data_order, tokenizer_sha256 = ask_first_rank(
-        lambda: (build_run_record(plan), None if path is None else load_encoder(path).sha256)
+        lambda: (build_run_record(plan), None if path is None else hash_tokenizer(path))
     )
     state.record_tokenizer(tokenizer_sha256)
 

@@ -14,7 +14,7 @@ from megatron_hammer.data.indexed.manifest import read_manifest
 from megatron_hammer.data.sources import DataPlan
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import hash_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ def select_initial_tokenizer(initial: InitialModel, sources: DataPlan) -> str | 
         made_with = _read_hashes(sources)
         for path in initial.tokenizers if made_with else ():
             try:
-                if load_encoder(path).sha256 in made_with:
+                if hash_tokenizer(path) in made_with:
                     return str(path)
             except (DataError, OSError):
                 continue  # preflight says why, if it is the one that is taken

@@ -31,7 +31,7 @@ from megatron_hammer.checkpoint_files.torch_dist.stacked_names import stack_name
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import HammerError
 from megatron_hammer.files.read import is_present
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import hash_tokenizer
 
 TOKENIZER_DIR = "tokenizer"  # inside the iteration's folder, so that they come and go together
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -102,7 +102,7 @@ def import_from_hugging_face(
             )
             checks.append(tokenizer_check)
             notes += () if tokenizer_note is None else (tokenizer_note,)
-            tokenizer_sha256 = load_encoder(writer.directory / TOKENIZER_DIR).sha256
+            tokenizer_sha256 = hash_tokenizer(writer.directory / TOKENIZER_DIR)
             # The final place: the folder is renamed after the arguments, which name it, are written.
             tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
         checks.append(write_verified_weights(source, dtypes, writer, on_parameters))

@@ -41,7 +41,7 @@ from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint_files.saved_arguments import TOKENIZER_HASH, find_saved_tokenizer
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import hash_tokenizer
 from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 
 _MASTER_KINDS = ("param", "fp32_param")  # of the distributed optimizer, and of mixed precision without it
@@ -121,7 +121,7 @@ def resize_vocabulary(
     args.padded_vocab_size = count_padded_rows(args)
     if vocabulary.new_tokenizer_path is not None:
         args.tokenizer_model = str(vocabulary.new_tokenizer_path.resolve())
-        setattr(args, TOKENIZER_HASH, load_encoder(vocabulary.new_tokenizer_path).sha256)
+        setattr(args, TOKENIZER_HASH, hash_tokenizer(vocabulary.new_tokenizer_path))
     keys = (*checkpoint.model, *checkpoint.optimizer)
     planned = PlannedCheckpoint(
         tensors=[

@@ -122,12 +122,9 @@ class HuggingFaceEncoder(Encoder):
             ) from error
         self.path = path
         self._refuse_equal_added_tokens()
-        config = read_config((path if path.is_dir() else path.parent) / CONFIG_NAME)
-        self.splits_special_tokens = bool(config.get("split_special_tokens"))
+        self.splits_special_tokens = _splits_special_tokens(path if path.is_dir() else path.parent)
         self.tokenizer.encode_special_tokens = self.splits_special_tokens
-        # the setting changes ids, so it is a part of what manifests record
-        setting = b"split_special_tokens" if self.splits_special_tokens else b""
-        self.sha256 = hashlib.sha256(json_bytes + setting).hexdigest()
+        self.sha256 = _hash_definition(json_bytes, splits_special_tokens=self.splits_special_tokens)
         # A tokenizer.json may ask for both, for inference. Here every text must give all its ids, and no others.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -228,6 +225,27 @@ def load_encoder(path: str | Path) -> Encoder:
             f"{path}: tokenizer does not exist. Pass a SentencePiece .model, a tokenizer.json, or its folder."
         )
     return HuggingFaceEncoder(path) if path.suffix == ".json" else SentencePieceEncoder(path)
+
+
+def hash_tokenizer(path: str | Path) -> str:
+    """The `sha256` of `load_encoder(path)`. A tokenizer.json, which takes seconds to load, is only read.
+
+    Raises DataError as `load_encoder` does, except for a tokenizer.json that is none.
+    """
+    path = Path(path)
+    file = _find_in_folder(path) if path.is_dir() else path
+    if file.suffix != ".json":
+        return load_encoder(path).sha256
+    return _hash_definition(read_bytes(file), splits_special_tokens=_splits_special_tokens(file.parent))
+
+
+def _splits_special_tokens(folder: Path) -> bool:
+    return bool(read_config(folder / CONFIG_NAME).get("split_special_tokens"))
+
+
+def _hash_definition(definition: bytes, *, splits_special_tokens: bool) -> str:
+    """The setting changes ids, so it is a part of what manifests record."""
+    return hashlib.sha256(definition + (b"split_special_tokens" if splits_special_tokens else b"")).hexdigest()
 
 
 def _load_sentencepiece_folder(folder: Path, model_path: Path) -> Encoder:

@@ -162,7 +162,7 @@ def test_the_tokenizer_that_made_the_data_is_chosen(tmp_path: Path, monkeypatch:
     from megatron_hammer.config import initial_model
 
     hashes = {"a.json": "aa", "b.model": "bb"}
-    monkeypatch.setattr(initial_model, "load_encoder", lambda path: SimpleNamespace(sha256=hashes[path.name]))
+    monkeypatch.setattr(initial_model, "hash_tokenizer", lambda path: hashes[path.name])
     made_with = SimpleNamespace(tokenizer=SimpleNamespace(sha256="bb"))
     monkeypatch.setattr(initial_model, "read_manifest", lambda prefix: made_with)
     initial = make_initial_model(tokenizers=(tmp_path / "a.json", tmp_path / "b.model"))

@@ -13,7 +13,7 @@ import tokenizers
 
 from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.errors import DataError
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder, require_eod_id
+from megatron_hammer.tokenizer.encoding.encoder import hash_tokenizer, load_encoder, require_eod_id
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
@@ -70,7 +70,7 @@ def test_sentencepiece_ids_are_the_reference_ids(model_path: Path) -> None:
 def test_sentencepiece_facts(model_path: Path) -> None:
     encoder = load_encoder(str(model_path))
     assert (encoder.vocab_size, encoder.bos_id, encoder.eod_id) == (TOY_VOCAB_SIZE, 1, 2)
-    assert encoder.sha256 == hashlib.sha256(model_path.read_bytes()).hexdigest()
+    assert encoder.sha256 == hash_tokenizer(model_path) == hashlib.sha256(model_path.read_bytes()).hexdigest()
     assert encoder.path == model_path
     with pytest.raises(IndexError):
         encoder.decode([TOY_VOCAB_SIZE])
@@ -105,6 +105,8 @@ def test_hf_folder_may_take_special_tokens_in_text_for_text(hf_folder: Path, tmp
     assert encoder.encode(text).tolist() == reference.encode(text, add_special_tokens=False)
     assert encoder.encode(text).tolist() != as_before.encode(text).tolist()
     assert encoder.sha256 != as_before.sha256
+    assert hash_tokenizer(tmp_path / "hf") == hash_tokenizer(tmp_path / "hf" / "tokenizer.json") == encoder.sha256
+    assert hash_tokenizer(hf_folder) == as_before.sha256
     choice = select_encoder(load_encoder(tmp_path / "hf"))
     assert choice.warning is None
     assert choice.load().encode(text).tolist() == encoder.encode(text).tolist()
