@@ -12,9 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_hammer.platforms.parent_process import end_with_parent
-
-# A signal to a whole process group, as from a terminal, is for the rank, which needs its workers until it has saved.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+from megatron_hammer.platforms.stop_signals import STOP_SIGNALS
 
 
 def end_workers_with_rank(build_loader: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +32,8 @@ def end_workers_with_rank(build_loader: Callable[..., Any]) -> Callable[..., Any
 
         def init_worker(index: int) -> None:
             end_with_parent(rank)
-            for number in _STOP_SIGNALS:
+            # One to a whole process group is for the rank, which needs its workers until it has saved.
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             init(index)
 

@@ -38,6 +38,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.read import refuse_pipes
 from megatron_hammer.platforms.parent_process import end_with_parent
+from megatron_hammer.platforms.stop_signals import STOP_SIGNALS
 from megatron_hammer.training.terminal import lose_what_is_not_taken
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
@@ -45,8 +46,6 @@ CHECKPOINT_GRACE_S = 1800  # for the checkpoint of a run that is stopped, unless
 DEFAULT_TIMEOUT_MINUTES = 10  # of collectives; Megatron's
 DEFAULT_MASTER_PORT = 29500  # torchrun's
 PORT_RELEASE_S = 10.0  # for the kernel to end a launcher that was killed just before, which still has the port
-# torchrun's own list, and the warning of a scheduler. Training saves and stops on each of them.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 @exit_on_user_error
@@ -161,10 +160,8 @@ def check_numbers(options: argparse.Namespace) -> None:
         problems.append(f"monitor-interval: must be above 0 seconds, got {options.monitor_interval:g}. Use 0.1.")
     if options.master_port is not None and not 0 < options.master_port < 65536:
         problems.append(f"master-port: must be 1 to 65535, got {options.master_port}. Choose a free one.")
-    unknown = set(options.signals_to_handle.split(",")) - {number.name for number in signal.Signals} | {
-        name for name in options.signals_to_handle.split(",") if name in ("SIGKILL", "SIGSTOP")
-    }
-    if unknown:
+    known = {number.name for number in signal.Signals} - {"SIGKILL", "SIGSTOP"}
+    if unknown := set(options.signals_to_handle.split(",")) - known:
         problems.append(
             f"signals-to-handle: must be names of signals that can be handled, got {', '.join(sorted(unknown))}. "
             "Leave it out for those that save and stop."

@@ -239,8 +239,8 @@ def select_backend(plan: Plan) -> str:
     is_cpu = plan.cluster.full_speed_processes_per_node is not None
     is_grouped = plan.model.moe is not None and plan.experts.has_grouped_gemm and not is_cpu
     is_offloaded = bool(plan.offload_modules or plan.num_offloaded_layers)
-    needs_te = plan.layout.context_parallel_size > 1 or is_low or plan.overlaps_tensor_parallel or is_grouped
-    needs_te = needs_te or is_offloaded
+    has_cp = plan.layout.context_parallel_size > 1
+    needs_te = has_cp or is_low or plan.overlaps_tensor_parallel or is_grouped or is_offloaded
     return "te" if needs_te else "auto"
 
 

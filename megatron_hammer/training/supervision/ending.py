@@ -42,7 +42,6 @@ def end_soon(exit_code: int) -> None:
     Python may wait there without end: for a lock that a killed worker of the data loader had, or for a thread. Nobody
     would hear how the rank ended, and the other ranks would wait for it. The stacks of its threads go to stdout.
     """
-
     global _exit_code
     _exit_code = exit_code
 
