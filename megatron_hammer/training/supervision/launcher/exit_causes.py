@@ -99,4 +99,4 @@ def _explain_error(exit_code: int, evidence: Evidence) -> str:
         )
     if "OutOfMemoryError" in note or "out of memory" in note:
         return f"Its GPU had no memory left. Use a smaller --micro-batch-size or more ranks. It said: {note}"
-    return f"{note}. Its stack is in {evidence.log_path}."
+    return f"{note.removesuffix('.')}. Its stack is in {evidence.log_path}."

@@ -32,6 +32,7 @@ RESET = "RuntimeError: [gloo/pair.cc:545] Read error [::1]:62666: Connection res
         (-signal.SIGSEGV, {}, ("crashed in compiled code", str(LOG))),
         (-signal.SIGTERM, {}, ("Somebody else ended it",)),
         (1, {"note": "KeyError: 'x'"}, ("KeyError: 'x'", f"stack is in {LOG}")),
+        (1, {"note": "num-workers: must live. Start again."}, (f"Start again. Its stack is in {LOG}.",)),
         (1, {"note": RESET}, ("lost the connection to another rank", "reported first", "Connection reset by peer")),
         (1, {"note": "OutOfMemoryError: CUDA out of memory."}, ("GPU had no memory left", "--micro-batch-size")),
         (1, {}, (f"last lines in {LOG}",)),
