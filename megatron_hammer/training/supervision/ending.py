@@ -42,6 +42,8 @@ def end_soon(exit_code: int) -> None:
     Python may wait there without end: for a lock that a killed worker of the data loader had, or for a thread. Nobody
     would hear how the rank ended, and the other ranks would wait for it. The stacks of its threads go to stdout.
     """
+    # First: torch's handler raises for a worker that has ended, also where nothing may be raised any more.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     global _exit_code
     _exit_code = exit_code
 

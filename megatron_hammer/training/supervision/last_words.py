@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,6 +69,21 @@ def explain_lost_worker(text: str) -> str | None:
     )
 
 
+def find_lost_worker() -> str:
+    """What torch says of a process of the data loader that has ended; empty if none has.
+
+    The error that a rank meets first may be another one, such as a connection that the worker had.
+    """
+    torch = sys.modules.get("torch")  # else there is no data loader
+    if torch is not None:
+        time.sleep(0.1)  # its connections are closed shortly before it has ended
+        try:
+            torch._C._error_if_any_worker_fails()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
 def leave_last_words() -> None:
     """Have an error that ends this process noted for the launcher, and end it soon from then.
 
@@ -79,7 +95,7 @@ def leave_last_words() -> None:
     def note_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         end_soon(1)
         text = f"{kind.__name__}: {error}"
-        sentence = explain_group_error(text, os.environ) or explain_lost_worker(text)
+        sentence = explain_group_error(text, os.environ) or explain_lost_worker(f"{text} {find_lost_worker()}")
         write_note(sentence or text)
         if sentence is None and not is_lost_connection(text):
             show(kind, error, trace)

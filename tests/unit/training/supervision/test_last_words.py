@@ -26,11 +26,21 @@ raise RuntimeError(sys.argv[1])
 """
 
 
-def end_with(error: str, directory: Path | None) -> subprocess.CompletedProcess[str]:
+WORKER_IS_LOST = """
+import os, signal, torch
+worker = os.fork()
+if worker == 0:
+    signal.pause()
+torch._C._set_worker_pids(0, (worker,))
+os.kill(worker, signal.SIGKILL)
+"""
+
+
+def end_with(error: str, directory: Path | None, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "LOCAL_RANK": "2"}
     if directory is not None:
         environment["HAMMER_PROGRESS_DIR"] = str(directory)
-    command = [sys.executable, "-c", PROGRAM, error]
+    command = [sys.executable, "-c", program, error]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -48,6 +58,13 @@ def test_the_stack_of_a_lost_connection_goes_to_the_log(tmp_path: Path) -> None:
     assert is_lost_connection(read_note(tmp_path, 2) or "")
     alone = end_with("Connection closed by peer [::1]:7", None)
     assert alone.stderr == "error: lost the connection to another rank: Connection closed by peer [::1]:7\n"
+
+
+def test_a_lost_worker_is_named_whatever_error_shows_it_first(tmp_path: Path) -> None:
+    result = end_with("[Errno 104] Connection reset by peer", tmp_path, WORKER_IS_LOST + PROGRAM)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: num-workers: processes that load data must live as long as the run")
+    assert "killed by signal: Killed" in (read_note(tmp_path, 2) or "")
 
 
 @pytest.mark.parametrize(
