@@ -18,7 +18,7 @@ from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.tool_runs import start_tool
 from tests.helpers.toy_tokenizer import write_llama_folder
 
-CONTEXT_TOKENS = 256
+CONTEXT_TOKENS = 32_768  # seconds of computing, within which a server can notice that a client has left
 PRIVATE_KEY = "a-key-of-the-tests"
 
 

@@ -164,7 +164,7 @@ WRONG = {
     "deep JSON": (b'{"messages":[],"x":' + b"[" * DEEP + b"]" * DEEP + b"}", 400, "body"),
     "JSON that llama.cpp would recurse into": (b'{"x":' + b"[" * 300 + b"]" * 300 + b"}", 400, "nested"),
     "10 MB": (json.dumps({"messages": [{"role": "user", "content": "fox " * 2_500_000}]}).encode(), 413, "body"),
-    "prompt beyond the context": ({"messages": [{"role": "user", "content": "fox " * 1000}]}, 400, "context"),
+    "prompt beyond the context": ({"messages": [{"role": "user", "content": "fox " * 40_000}]}, 400, "context"),
     "no messages": ({}, 400, "messages"),
     "text for messages": ({"messages": "hello"}, 400, "messages"),
     "role of the wrong type": ({"messages": [{"role": 5, "content": "a"}]}, 400, "messages"),
@@ -408,7 +408,7 @@ BAD_STARTS = {
     "no GGUF": ("text.gguf", (), ("text.gguf:", "must be a GGUF file", "hell")),
     "cut off": ("cut.gguf", (), ("cut.gguf:", "llama.cpp must load the model", "corrupted or incomplete")),
     "no template": ("base.gguf", (), ("base.gguf:", "chat template", "--no-chat")),
-    "context": ("base.gguf", ("--context", "100000", "--no-chat"), ("context:", "256 tokens", "got 100,000")),
+    "context": ("base.gguf", ("--context", "100000", "--no-chat"), ("context:", "32,768 tokens", "got 100,000")),
     "useless flag": ("base.gguf", ("--type", "q8_0"), ("base.gguf:", "--type", "GGUF file")),
     "keys": ("base.gguf", ("--api-key-file", "empty"), ("empty:", "keys", "got 0")),
     "a template without chat": (
@@ -435,7 +435,7 @@ def bad_files(folder: Path, gguf: Path) -> Path:
     directory.mkdir()
     (directory / "text.gguf").write_text("hello")
     (directory / "empty").write_text("\n")
-    write_vocabulary(directory / "other.gguf", tokens=("<unk>", "a"), types=(2, 1), context=256)
+    write_vocabulary(directory / "other.gguf", tokens=("<unk>", "a"), types=(2, 1), context=CONTEXT_TOKENS)
     content = gguf.read_bytes()
     (directory / "cut.gguf").write_bytes(content[: len(content) - 1000])
     base = shutil.copytree(folder, directory / "base")
