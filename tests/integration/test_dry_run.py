@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import pytest
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import parse, plan, write_data
 from tests.helpers.training_runs import environment
-
-SECONDS_PER_PRESET = 5.0  # of the processor: other work on the machine changes the clock's
 
 
 def report_of(*flags: str):
@@ -27,10 +24,8 @@ def report_of(*flags: str):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset(name: str) -> None:
-    started_at_s = time.process_time()
     preset = PRESETS[name]
     report = report_of("--preset", name, "--mock-data", "--dry-run")
-    assert time.process_time() - started_at_s < SECONDS_PER_PRESET
     assert report.problems == ()
     assert report.preset == name
     assert report.model.num_parameters == preset.num_parameters

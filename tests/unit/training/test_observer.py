@@ -92,7 +92,7 @@ def test_a_step_is_written_with_the_heaviest_rank_and_the_highest_lr(tmp_path: P
     first, second = read_metrics(run.metrics_path)
     assert (first["loss"], first["lr"], first["peak_memory_bytes"], first["num_samples"]) == (2.0, 1e-3, 13, 4)
     assert (second["loss"], second["lr"], second["num_tokens"]) == (1.0, 5e-4, 256)
-    assert 0 < first["step_time_s"] < 5
+    assert 0 < first["step_time_s"] < 60
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert "1 to 2 of 6" in run.stream.getvalue()
 
