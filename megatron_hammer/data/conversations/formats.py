@@ -28,6 +28,7 @@ ROLE_BY_NAME = {name: role for role, names in ROLES.items() for name in names}
 TURN_KEYS = ("messages", "conversations", "conversation")
 # By which OpenAI, ms-swift, axolotl and torchtune keep an answer from being learned, and what they are where it is.
 WEIGHTS = {"weight": 1, "loss": True, "train": True, "training": True, "trainable": True, "masked": False}
+CALL_KEYS = ("id", "type", "index")  # what templates read of a call beside its function
 SYSTEM_KEYS = ("system", "system_prompt")
 # Of one question and one answer; the first three are also those of tiny-llm-zh, Open-Llama and Firefly.
 PAIRS = (
@@ -269,14 +270,19 @@ def _read_content(content: Any, number: int) -> str:
 
 
 def _read_call(call: Any, number: int) -> Message:
-    function = call.get("function", call) if isinstance(call, dict) else {}
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        function = {}
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _parse(arguments, dict, number)
-    if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+    # Under another name, such as `parameters`, the arguments would be lost.
+    is_complete = "arguments" in function or not function.keys() - {"name", *CALL_KEYS}
+    if not isinstance(function.get("name"), str) or not isinstance(arguments, dict) or not is_complete:
         raise _bad(f"turn {number} must call a tool by name and arguments, got {str(call)[:60]}")
     _require_finite(arguments, f"the call of turn {number}")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    others = {key: call[key] for key in CALL_KEYS if call.get(key) is not None}
+    return {"type": "function"} | others | {"function": {"name": function["name"], "arguments": arguments}}
 
 
 def _read_tools(fields: Fields) -> list[Message] | None:

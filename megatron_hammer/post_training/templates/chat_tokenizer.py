@@ -94,9 +94,12 @@ class ChatTokenizer:
     def encode(self, conversation: Conversation) -> EncodedConversation:
         """Return ids and mask; raises ConversationError, with a reason to count it under, if it cannot be used."""
         _refuse_bad_texts(conversation)
-        rendered, spans = self.render(_map_texts(conversation, self._mark))
+        marked = _map_texts(conversation, self._mark)
+        rendered, spans = self.render(marked)
         text, spans = self._replace_controls(rendered, spans)
         self._refuse_lost_text(conversation, rendered.replace(MARK, ""))
+        if any(MARK in text for text in _list_texts(marked)):
+            self._refuse_changed_marks(conversation, rendered.replace(MARK, ""))
         self._refuse_changed_turns(conversation)
         num_answers = sum(message.get("role") == ASSISTANT for message in conversation.messages)
         if not num_answers:
@@ -188,11 +191,20 @@ class ChatTokenizer:
                 "finds in plain text. Use another token for this purpose: --bind-token."
             )
 
+    def _refuse_changed_marks(self, conversation: Conversation, rendered: str) -> None:
+        """A template that cuts, measures or escapes texts can part a mark from its token, which then were a control."""
+        if self.render(conversation)[0] != rendered:
+            raise ConversationError(
+                "refused-by-template",
+                f"chat template {self.template.name} must write a text that spells a control token as it is, got "
+                "another text for it: the template cuts, measures or escapes texts",
+            )
+
     def _refuse_lost_text(self, conversation: Conversation, rendered: str) -> None:
         """A template can leave out what it does not know, such as tools or reasoning, without any error."""
         # As often as it is said: an answer may repeat what the user wrote, and be left out none the less.
         for text, count in Counter(_list_required(conversation)).items():
-            spellings = {text, json.dumps(text, ensure_ascii=False)[1:-1]}
+            spellings = {text, *(json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))}
             if sum(map(rendered.count, spellings)) < count:
                 raise ConversationError(
                     "text-lost",
@@ -203,10 +215,11 @@ class ChatTokenizer:
     def _refuse_changed_turns(self, conversation: Conversation) -> None:
         """The proof is about plain turns; tools and calls may make a template write a turn otherwise once it is over.
 
-        Such as one that moves the schemas of tools to the last question.
+        Such as one that moves the schemas of tools to the last question, or a later system text to the beginning.
         """
         messages = conversation.messages
-        if not (conversation.tools or any(message.keys() - {"role", "content"} for message in messages)):
+        is_plain = all(message["role"] in ("user", ASSISTANT) for message in messages[1:])
+        if is_plain and not (conversation.tools or any(message.keys() - {"role", "content"} for message in messages)):
             return
         answers = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
         whole, _ = self.render(conversation)

@@ -92,7 +92,7 @@ RECORDS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
                 {"role": "tool", "content": "2", "tool_call_id": "x", "name": None},
             ]
         },
-        [ONE_TURN[0], say("assistant", "", tool_calls=[CALL]), say("tool", "2", tool_call_id="x")],
+        [ONE_TURN[0], say("assistant", "", tool_calls=[CALL | {"id": "x"}]), say("tool", "2", tool_call_id="x")],
     ),
     "messages with OpenAI's older calls": (
         "auto",
@@ -180,6 +180,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a call without a name": (
         {"messages": [say("assistant", "", tool_calls=[{}])]},
         r"turn 1 must call a tool by name",
+    ),
+    "a call of a text": ({"messages": [say("assistant", "", tool_calls=[{"function": "f"}])]}, r"call a tool by name"),
+    "a call with arguments of another name": (
+        {"messages": [say("assistant", "", tool_calls=[{"name": "add", "parameters": {"a": 1}}])]},
+        r"turn 1 must call a tool by name and arguments, got .*parameters",
     ),
     "a call with a number that JSON has not": (
         {"messages": [say("assistant", "", tool_calls=[{"name": "add", "arguments": '{"a": 1e999}'}])]},

@@ -1,6 +1,7 @@
 """Ids and masks are those of transformers for ordinary text, and control tokens are where the template puts them."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,29 @@ def test_tools_that_move_with_the_last_question_are_refused(paths: dict[str, Pat
     with pytest.raises(ConversationError, match=r"write a turn alike .* for the first 2 of 4 turns") as caught:
         tokenizer.encode(Conversation(turn * 2, tools))
     assert caught.value.reason == "refused-by-template"
+
+
+def test_a_later_system_text_that_moves_to_the_beginning_is_refused(paths: dict[str, Path]) -> None:
+    """As in DeepSeek-R1's template."""
+    text = (
+        "{% for message in messages if message.role == 'system' %}{{ '<|system|>' + message.content }}{% endfor %}"
+        + load_chat_template("chatml").text.replace("in messages %}", "in messages if message.role != 'system' %}")
+    )
+    tokenizer = ChatTokenizer(paths["byte level"], ChatTemplate("mine", text))
+    turn = (user("a"), assistant("b"))
+    tokenizer.encode(Conversation((SYSTEM, *turn, *turn)))
+    with pytest.raises(ConversationError, match=r"write a turn alike .* for the first 2 of 5 turns"):
+        tokenizer.encode(Conversation((*turn, SYSTEM, *turn)))
+
+
+def test_calls_in_ascii_lose_neither_texts_nor_marks(paths: dict[str, Path]) -> None:
+    """The mark before a control token is no ASCII: escaped, it would protect the text no longer."""
+    text = load_chat_template("qwen").text.replace("arguments | tojson", "arguments | tojson(ensure_ascii=True)")
+    tokenizer = ChatTokenizer(paths["byte level"], ChatTemplate("mine", text))
+    for said, match in (("春眠", None), ("<|im_end|>", "must write a text that spells a control token as it is")):
+        call = {"type": "function", "function": {"name": "add", "arguments": {"a": said}}}
+        with pytest.raises(ConversationError, match=match) if match else nullcontext():
+            tokenizer.encode(Conversation((user("a"), assistant("", tool_calls=[call]))))
 
 
 def test_an_answer_without_its_end_is_refused(paths: dict[str, Path]) -> None:
