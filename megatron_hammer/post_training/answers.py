@@ -11,7 +11,8 @@ from megatron_hammer.data.conversations.formats import Conversation
 from megatron_hammer.errors import DataError
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
-from megatron_hammer.files.typed import read_json_lines
+from megatron_hammer.files.read import read_bytes
+from megatron_hammer.files.typed import parse_json
 from megatron_hammer.post_training.templates.chat_tokenizer import ChatTokenizer
 from megatron_hammer.post_training.templates.model_template import open_chat_tokenizer
 
@@ -39,8 +40,13 @@ class Answer:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read {"question", "answer", "kind"} lines; raises DataError for a line that is none, and for an empty file."""
-    questions = read_json_lines(path, Question, remedy="Repair the line.")
+    """Read {"question", "answer", "kind"} lines; raises DataError for any other line, and for a file without one."""
+    lines = read_bytes(path).splitlines()
+    questions = [
+        parse_json(line, Question, where=f"{path}:{number}", remedy="Repair the line.", allows_unknown=False)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     if not questions:
         raise DataError(f"{path}: must hold a question, got an empty file. Check the path.")
     return questions

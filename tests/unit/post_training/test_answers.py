@@ -84,3 +84,13 @@ def test_a_file_of_no_questions_is_refused(tmp_path: Path) -> None:
     path.write_text('{"answer": "a"}\n')
     with pytest.raises(DataError, match=r"questions\.jsonl:1: question must be given"):
         read_questions(path)
+
+
+@pytest.mark.parametrize("line", ['{"question": "a", "anwser": "b"}', '{"question": "a", "answer": "b"'])
+def test_neither_a_field_nor_a_last_line_is_left_out(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f'{{"question": "a"}} \n\n{line}')
+    with pytest.raises(DataError, match=r"questions\.jsonl:3: (anwser must be a known field|content must be JSON)"):
+        read_questions(path)
+    path.write_text('{"question": "a"} \n\n{"question": "b"} \n')
+    assert [one.question for one in read_questions(path)] == ["a", "b"]
