@@ -21,9 +21,11 @@ GENERATION = {"until": ["\n\n"], "max_gen_toks": 64, "do_sample": False}
 _FULL_WIDTH = str.maketrans("ＡＢＣＤ", "ABCD")
 # Not part of a word: "Because A is" has no option in "Because".
 _LETTER = r"(?<![A-Za-z])([ABCD])(?![A-Za-z])"
+# What stands before the letter: brackets, quotes, marks of Markdown and TeX, also closed ones as in 【答案】B.
+_BEFORE = r"(?:\\\w+\{|[\s:：\"'“‘「『(（\[\]【】<*$])*"
 _STATEMENT = re.compile(
-    rf"(?:答案|[Aa]nswer)(?:应该|应当|选项)?(?:是|为|选|\s+is)?\s*[:：]?\s*[\"“(（\[【*]*{_LETTER}"
-    rf"|(?<![不非])(?:故选|应选|选择|选)\s*[:：]?\s*[\"“(（\[【*]*{_LETTER}"
+    rf"(?:答案|正确的?选项|(?i:answer))[】*]*(?:应该|应当|应|选项|就)?(?:是|为|选|\s+is)?(?:选项)?{_BEFORE}{_LETTER}"
+    rf"|(?<![不非])(?<!不[能可应会])(?:故选|应选|选择|选){_BEFORE}{_LETTER}"
 )
 
 
