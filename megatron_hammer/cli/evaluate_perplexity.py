@@ -32,6 +32,7 @@ with importing():
         BOS_POLICIES,
         MeasureOptions,
         ModelScores,
+        ReferenceTokenizer,
         measure_model,
     )
     from megatron_hammer.evaluation.perplexity.report import build_tables, describe, list_notes, write_report
@@ -40,7 +41,7 @@ with importing():
     from megatron_hammer.evaluation.scorers.open_scorer import PRECISIONS, ScorerOptions, use_scorer
     from megatron_hammer.evaluation.scorers.scorer import Scorer
     from megatron_hammer.platforms.select import select_platform
-    from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+    from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_batch_tokens=arguments.batch_tokens,
     )
     measure_options = MeasureOptions(bos=arguments.bos, max_length=arguments.max_length, stride=arguments.stride)
-    references = [] if arguments.reference_tokenizer is None else [load_encoder(arguments.reference_tokenizer)]
+    named = arguments.reference_tokenizer
+    references = [] if named is None else [ReferenceTokenizer(load_encoder(named))]
     results: list[ModelScores] = []
     try:
         for model in models:
@@ -139,12 +141,12 @@ def score_model(
     options: ScorerOptions,
     domains: Sequence[Domain],
     measure_options: MeasureOptions,
-    references: list[Encoder],
+    references: list[ReferenceTokenizer],
 ) -> ModelScores | None:
     """The scores of one model on rank 0, None elsewhere. references: empty until the first model gives its own."""
 
     def work(scorer: Scorer) -> ModelScores:
-        references[:] = references or [scorer.encoder]
+        references[:] = references or [ReferenceTokenizer(scorer.encoder)]
         scorer.name = model.name or scorer.name
         with show_stages(f"{scorer.name} {{}}") as show:
             scores = measure_model(scorer, domains, measure_options, reference=references[0], on_progress=show)

@@ -15,7 +15,7 @@ from megatron_hammer.evaluation.benchmarks.reports import build_report
 from megatron_hammer.evaluation.benchmarks.run import Evaluated, Questions, evaluate_model, read_domains, read_questions
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.perplexity.formula import estimate_domain
-from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, measure_model
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, ReferenceTokenizer, measure_model
 from megatron_hammer.evaluation.scorers.named_models import NamedModel
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
@@ -129,7 +129,7 @@ def test_texts_of_a_suite_score_as_with_the_command_for_perplexity(folder: Path,
     (domain,) = read_domains(suite)
 
     def measure(scorer: Scorer) -> ModelScores:
-        return measure_model(scorer, [domain], MeasureOptions(bos="eod"), reference=scorer.encoder)
+        return measure_model(scorer, [domain], MeasureOptions(bos="eod"), reference=ReferenceTokenizer(scorer.encoder))
 
     for model in ("hf", "megatron"):
         evaluated = evaluate_here(folder, model, read_questions(suite))

@@ -56,9 +56,11 @@ def test_llama_cpp_scores_as_transformers(models: tuple[Path, Path]) -> None:
 
 def test_the_tables_have_both(models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "text.jsonl", TOY_TEXTS)
-    main(["--models", *map(str, models), "--domains", str(path), "--max-length", "40", "--json"])
-    theirs, ours = json.loads(capsys.readouterr().out)["rows"]
+    # The GGUF file first: its tokenizer is the reference, and ends with its model.
+    main(["--models", *map(str, models[::-1]), "--domains", str(path), "--max-length", "40", "--json"])
+    ours, theirs = json.loads(capsys.readouterr().out)["rows"]
     assert (theirs["precision"], ours["precision"]) == ("fp32", "all F32 in llama.cpp")
+    assert ours["reference_tokens"] == theirs["reference_tokens"] == ours["tokens"]
     assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
 
 

@@ -15,12 +15,12 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, is_pair, read_domain
 from megatron_hammer.evaluation.perplexity.formula import estimate_domain
-from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, measure_model
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, ReferenceTokenizer, measure_model
 from megatron_hammer.evaluation.scorers.megatron_ranks import is_first_process
 from megatron_hammer.evaluation.scorers.named_models import NamedModel
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
-from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 # Draws for the standard errors of metrics that are no means; means need none.
 BOOTSTRAP_DRAWS = 1000
@@ -57,7 +57,7 @@ class Questions:
     suite: EvaluationSuite
     loads: Mapping[int, dict[str, Any]]
     domains: Sequence[Domain]
-    references: list[Encoder] = field(default_factory=list)
+    references: list[ReferenceTokenizer] = field(default_factory=list)
 
 
 def read_questions(suite: EvaluationSuite) -> Questions:
@@ -76,7 +76,7 @@ def evaluate_model(model: NamedModel, questions: Questions, options: ScorerOptio
     def work(scorer: Scorer) -> Evaluated:
         scorer.name = model.name or scorer.name
         evaluated = evaluate_scorer(scorer, model.path, questions.suite, questions.loads)
-        questions.references[:] = questions.references or [scorer.encoder]
+        questions.references[:] = questions.references or [ReferenceTokenizer(scorer.encoder)]
         texts = measure_texts(scorer, questions) if questions.domains else None
         of_texts = [] if texts is None else score_texts(texts)
         reference = str(questions.references[0].path)

@@ -57,6 +57,24 @@ class ModelScores:
     run: str | None = None
 
 
+class ReferenceTokenizer:
+    """The tokenizer whose tokens perplexity counts, for all models.
+
+    Each domain is counted once: the tokenizer of a GGUF file works only while its model is open.
+    """
+
+    def __init__(self, encoder: Encoder):
+        self.path = encoder.path
+        self._encoder = encoder
+        self._counts: dict[str, list[int]] = {}
+
+    def count_tokens(self, domain: Domain) -> list[int]:
+        """Of every document."""
+        if domain.name not in self._counts:
+            self._counts[domain.name] = [len(self._encoder.encode(one.text)) for one in domain.documents]
+        return self._counts[domain.name]
+
+
 def choose_prefix(encoder: Encoder, policy: str) -> tuple[str, int | None]:
     """Name and id of the token before each document, None for none, where the first token is then not scored.
 
@@ -91,7 +109,7 @@ def measure_model(
     domains: Sequence[Domain],
     options: MeasureOptions,
     *,
-    reference: Encoder,
+    reference: ReferenceTokenizer,
     on_progress: Callable[[str, int, int | None], None] = lambda name, done, total: None,
 ) -> ModelScores:
     """Score all documents. reference: the tokenizer whose tokens are counted.
@@ -115,7 +133,7 @@ def measure_model(
         show = functools.partial(_show, on_progress, domain.name, len(whole))
         nats = _sum_losses(scorer, whole, max_length, stride, show)
         # The first token is only read where nothing stands before it, so it is not counted either.
-        counts = [max(0, len(reference.encode(one.text)) - (prefix is None)) for one in domain.documents]
+        counts = [max(0, count - (prefix is None)) for count in reference.count_tokens(domain)]
         notes += _list_changed_texts(scorer, domain, encoded)
         measured.append(_build_scores(domain, nats, counts, sum(max(0, len(ids) - 1) for ids in whole)))
     return ModelScores(

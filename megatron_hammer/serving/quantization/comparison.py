@@ -21,7 +21,13 @@ from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.perplexity.domains import Domain
 from megatron_hammer.evaluation.perplexity.formula import DomainEstimates, estimate_domain
-from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, choose_prefix, measure_model
+from megatron_hammer.evaluation.perplexity.measure import (
+    MeasureOptions,
+    ModelScores,
+    ReferenceTokenizer,
+    choose_prefix,
+    measure_model,
+)
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
 from megatron_hammer.files.tables import format_markdown_table
@@ -77,13 +83,14 @@ def compare_models(
     Raises ConfigError for a model with another tokenizer than the source's: its ids mean other texts.
     """
     encoder = load_encoder(paths[0])
+    reference = ReferenceTokenizer(encoder)
     places: list[list[list[int]]] = []
 
     def measure(scorer: Scorer) -> tuple[ModelScores, list[list[int]]]:
         require_same_ids(scorer, encoder, domains)
         if not places:  # of the source's length, for all models
             places.extend(draw_places(encoder, domain, scorer.max_length, bos=bos) for domain in domains)
-        scores = measure_model(scorer, domains, MeasureOptions(bos=bos), reference=encoder)
+        scores = measure_model(scorer, domains, MeasureOptions(bos=bos), reference=reference)
         return scores, [scorer.choose_next(ids) for ids in places]
 
     # Models of one name are called by their paths, as in every table of models.

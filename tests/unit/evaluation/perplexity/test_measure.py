@@ -12,7 +12,13 @@ import pytest
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.evaluation.perplexity.domains import Domain
-from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, choose_prefix, cut_windows, measure_model
+from megatron_hammer.evaluation.perplexity.measure import (
+    MeasureOptions,
+    ReferenceTokenizer,
+    choose_prefix,
+    cut_windows,
+    measure_model,
+)
 from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from tests.helpers.scored_models import BOS_ID, EOS_ID, write_byte_tokenizer
@@ -85,41 +91,53 @@ def test_what_stands_before_a_document(encoder: Encoder, tmp_path: Path) -> None
 def test_sums_and_counts_follow_the_policy(encoder: Encoder) -> None:
     domain = make_domain("abcdefghijkl", "é")
     for policy, num_scored in (("bos", [12, 2]), ("none", [11, 1])):
-        found = measure_model(PlainScorer(encoder), [domain], MeasureOptions(bos=policy), reference=encoder)
+        found = measure_model(
+            PlainScorer(encoder), [domain], MeasureOptions(bos=policy), reference=ReferenceTokenizer(encoder)
+        )
         (scores,) = found.domains
         assert scores.losses.nats.tolist() == num_scored
         assert scores.losses.num_reference_tokens.tolist() == num_scored
         assert scores.losses.num_bytes.tolist() == [12, 2]
         assert scores.num_tokens == sum(num_scored)
     with pytest.raises(DataError, match="domain zh: must have tokens to score, got none behind the first"):
-        measure_model(PlainScorer(encoder), [make_domain("a")], MeasureOptions(bos="none"), reference=encoder)
+        measure_model(
+            PlainScorer(encoder), [make_domain("a")], MeasureOptions(bos="none"), reference=ReferenceTokenizer(encoder)
+        )
 
 
 def test_a_document_without_a_number_is_named(encoder: Encoder) -> None:
     scorer = PlainScorer(encoder, bad=encoder.encode("z")[0])
-    (scores,) = measure_model(scorer, [make_domain("ab", "az", "b")], MeasureOptions(), reference=encoder).domains
+    (scores,) = measure_model(
+        scorer, [make_domain("ab", "az", "b")], MeasureOptions(), reference=ReferenceTokenizer(encoder)
+    ).domains
     assert scores.bad_documents == ("zh.jsonl:2",)
     assert [math.isnan(value) for value in scores.losses.nats] == [False, True, False]
 
 
 def test_a_note_says_where_the_other_token_in_front_does_better(encoder: Encoder) -> None:
     domain = make_domain("abc", "defg")
-    found = measure_model(PlainScorer(encoder, good=EOS_ID), [domain], MeasureOptions(), reference=encoder)
+    found = measure_model(
+        PlainScorer(encoder, good=EOS_ID), [domain], MeasureOptions(), reference=ReferenceTokenizer(encoder)
+    )
     assert found.prefix == "BOS"
     (note,) = found.notes
     assert "50.0% lower behind EOD than behind BOS" in note
     assert "--bos eod" in note
-    assert not measure_model(PlainScorer(encoder, good=BOS_ID), [domain], MeasureOptions(), reference=encoder).notes
+    assert not measure_model(
+        PlainScorer(encoder, good=BOS_ID), [domain], MeasureOptions(), reference=ReferenceTokenizer(encoder)
+    ).notes
     # A policy that the user chose is not doubted.
     told = MeasureOptions(bos="bos")
-    assert not measure_model(PlainScorer(encoder, good=EOS_ID), [domain], told, reference=encoder).notes
+    assert not measure_model(
+        PlainScorer(encoder, good=EOS_ID), [domain], told, reference=ReferenceTokenizer(encoder)
+    ).notes
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(9, None), (4, 5)])
 def test_windows_that_cannot_be_are_refused(encoder: Encoder, max_length: int, stride: int | None) -> None:
     options = MeasureOptions(max_length=max_length, stride=stride)
     with pytest.raises(ConfigError, match=f"stride, max-length: must be 1 <= .* <= 8 of plain, got .*={max_length}"):
-        measure_model(PlainScorer(encoder), [make_domain("abc")], options, reference=encoder)
+        measure_model(PlainScorer(encoder), [make_domain("abc")], options, reference=ReferenceTokenizer(encoder))
 
 
 def test_texts_that_the_tokenizer_changes_are_counted_in_a_note(tmp_path: Path) -> None:
@@ -127,7 +145,10 @@ def test_texts_that_the_tokenizer_changes_are_counted_in_a_note(tmp_path: Path) 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}))
     domain = make_domain("１２ Ａ", "é 👨‍👩‍👧\n", "12 A")
     scores = measure_model(
-        PlainScorer(load_encoder(path)), [domain], MeasureOptions(bos="bos"), reference=load_encoder(path)
+        PlainScorer(load_encoder(path)),
+        [domain],
+        MeasureOptions(bos="bos"),
+        reference=ReferenceTokenizer(load_encoder(path)),
     )
     (note,) = scores.notes
     assert "1 of 3 documents of zh lose characters in its tokenizer, the first at zh.jsonl:1" in note
