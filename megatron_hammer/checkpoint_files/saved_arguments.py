@@ -126,16 +126,25 @@ def find_saved_tokenizer(args: Any, directory: Path) -> Path | None:
 
     directory: the folder of the iteration, where it lies now. None where they name none, or it is not here any more.
     Raises CheckpointError if only others are in its places: a path may be relative to another folder, or be used again.
+    Without a saved hash, a file at a relative path is refused, because nothing shows that it is the same one.
     """
     saved = getattr(args, "tokenizer_model", None)
     if not saved:
         return None
     # Of a converted checkpoint that was moved, the saved path is that of the old place.
-    places = (directory / "tokenizer", Path(saved), directory.absolute().parent / "tokenizer")
-    found = [path for path in places if path.exists()]
+    own_places = (directory / "tokenizer", directory.absolute().parent / "tokenizer")
+    found = [path for path in (own_places[0], Path(saved), own_places[1]) if path.exists()]
     wanted = getattr(args, TOKENIZER_HASH, None)  # older versions and Megatron-LM's own loop save none
-    if wanted is None or not found:
-        return found[0] if found else None
+    if not found:
+        return None
+    if wanted is None:
+        known = [path for path in found if path in own_places or path.is_absolute()]
+        if not known:
+            raise CheckpointError(
+                f"{saved}: tokenizer must be known to be the checkpoint's, got a path relative to a folder that was not "
+                "saved, and no hash. Name the tokenizer on the command line."
+            )
+        return known[0]
     hashes = [_hash_tokenizer(path) for path in found]
     if wanted not in hashes:
         raise CheckpointError(

@@ -43,7 +43,7 @@ def test_a_hugging_face_folder_becomes_one_proved_file(tmp_path, source):
     if HAS_LLAMA_CPP:
         assert "equal on 1 texts, " in result.stdout
         assert "greedy tokens equal; log-probabilities within 0.0" in result.stdout
-        assert result.stdout.count("passed") == 6
+        assert result.stdout.count("passed") == 7
     else:
         assert "not asked: xllamacpp is not installed" in result.stdout
 

@@ -4,10 +4,12 @@ Equal tokens of texts do not show it: which tokens are put around a text unasked
 and the chat template. llama.cpp is asked itself; what transformers says is in the vocabulary.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 
 from megatron_hammer.checkpoint.gguf.llama_cpp import LlamaCpp
+from megatron_hammer.checkpoint.gguf.metadata import MAX_ENDS
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import CONTROL_FORM
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
@@ -15,12 +17,16 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType
 from megatron_hammer.tokenizer.export.check_loading import CONVERSATIONS
 
 SAMPLE_TEXT = "Hello, world!"
+# Some of the names by which llama.cpp takes a token for an end, whatever the file says. Source: llama_vocab::impl::load.
+END_NAME = re.compile(r"end|eo[mst]\b|eo[mst]_|return|call|flush", re.IGNORECASE)
+MAX_NAMED_ENDS = 12  # each is a step of the model
 MAX_SHOWN = 3
 
 
 def check_special_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> Iterator[CheckRow]:
-    """Yield a row for what is put around a text, one for added tokens, and one for the chat template."""
+    """Yield a row for what is put around a text, one for what ends an answer, for added tokens, and the chat template."""
     yield _check_ends(llama_cpp, vocabulary)
+    yield _check_stops(llama_cpp, vocabulary)
     yield _check_added_tokens(llama_cpp, vocabulary)
     yield _check_template(llama_cpp, vocabulary)
 
@@ -39,6 +45,22 @@ def _check_ends(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
         return CheckRow("tokens around a text", f"bos_token is {said!r} for {name!r}", False)
     added = " and ".join(name for name, ids in (("bos before", before), ("eos after", after)) if ids)
     return CheckRow("tokens around a text", f"{added or 'none'}, as in transformers", True)
+
+
+def _check_stops(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
+    """Each end is made the next token, after which llama.cpp must stop; so is each added token named like an end."""
+    ends = vocabulary.eos_ids[:MAX_ENDS]
+    names = {token_id: text for token_id, text in vocabulary.added_tokens.items() if END_NAME.search(text)}
+    stops = {
+        token_id: llama_cpp.complete([ends[0]], forced=token_id)["stop_type"] == "eos"
+        for token_id in dict.fromkeys((*ends, *list(names)[:MAX_NAMED_ENDS]))
+    }
+    if missed := [vocabulary.tokens[token_id] for token_id in ends if not stops[token_id]]:
+        return CheckRow("ends of a text", f"llama.cpp does not stop at {', '.join(map(repr, missed))}", False)
+    more = [names[token_id] for token_id, is_end in stops.items() if is_end and token_id not in vocabulary.eos_ids]
+    shown = ", ".join(vocabulary.tokens[token_id] for token_id in ends)
+    others = f", and for its name at {', '.join(more)}" if more else ""
+    return CheckRow("ends of a text", f"llama.cpp stops at {shown}{others}", True)
 
 
 def _check_added_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:

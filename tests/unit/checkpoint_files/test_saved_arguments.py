@@ -39,6 +39,16 @@ def test_a_tokenizer_is_known_by_its_hash_and_not_by_its_place(tmp_path: Path, m
     assert find_saved_tokenizer(args, tmp_path / "release") == tmp_path / "tokenizer"
 
 
+def test_without_a_hash_a_file_at_a_relative_path_may_be_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.model").touch()
+    with pytest.raises(CheckpointError, match=r"t\.model: tokenizer must be known .* and no hash"):
+        find_saved_tokenizer(Namespace(tokenizer_model="t.model"), tmp_path / "release")
+    (tmp_path / "tokenizer").touch()
+    assert find_saved_tokenizer(Namespace(tokenizer_model="t.model"), tmp_path / "release") == tmp_path / "tokenizer"
+    assert find_saved_tokenizer(Namespace(tokenizer_model=str(tmp_path / "t.model")), tmp_path / "a/b").name == "t.model"
+
+
 @pytest.mark.parametrize("saved", [{}, {"tokenizer_model": None}, {"tokenizer_model": "gone.model"}])
 def test_none_where_none_is_named_or_left(tmp_path: Path, saved: dict[str, str | None]) -> None:
     assert find_saved_tokenizer(Namespace(**saved), tmp_path) is None

@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "hf"
     model_path = train_model(folder.with_name("tokenizer.model"), **MODEL_OPTIONS["dummy prefix"])
     num_pieces = len(read_sentencepiece_model(model_path).pieces)
-    write_gguf_source(folder, "llama", vocab_size=num_pieces + 7, num_hidden_layers=1)
+    write_gguf_source(folder, "llama", vocab_size=num_pieces + 7, num_hidden_layers=1, eos_token_id=[2, 9])
     for path in folder.glob("*token*"):
         path.unlink()
     return write_llama_folder(folder, model_path, num_pieces)
@@ -57,6 +57,7 @@ def test_ends_added_tokens_and_the_chat_template_are_llama_cpps_own(tmp_path: Pa
     differences = re.findall(r"(\d+) with (.*?)(?:; |$)", rows["tokenizer, samples"])
     assert {cause: int(count) for count, cause in differences} == {LEADING: 4, PREFIX: 1}
     assert rows["tokens around a text"] == "bos before, as in transformers"
+    assert rows["ends of a text"] == "llama.cpp stops at </s>, <0x06>, and for its name at <|im_end|>"
     num_added = len(LLAMA_ADDED_TOKENS) + 3  # <unk>, <s> and </s> are listed too
     assert rows["added tokens"].startswith(f"{num_added} of {num_added} are one token")
 
@@ -126,6 +127,7 @@ def test_a_piece_that_a_file_makes_an_added_token_is_one(tmp_path: Path, source:
 LOST: dict[str, tuple[dict[str, Any], str]] = {
     "bos": ({"adds_bos": False}, r"tokens around a text must agree, got \{'': \[\]"),
     "another bos": ({"bos_id": 5}, r"tokens around a text must agree, got \{'': \[5\]"),
+    "end": ({"eos_ids": (2,)}, "ends of a text must agree, got llama.cpp does not stop at '<0x06>'"),
     "template": ({"chat_templates": {}}, "chat template must agree, got "),
     "added token": ({"types": PieceType.UNUSED}, "added tokens must agree, got "),
 }
