@@ -141,8 +141,8 @@ def find_saved_tokenizer(args: Any, directory: Path) -> Path | None:
         known = [path for path in found if path in own_places or path.is_absolute()]
         if not known:
             raise CheckpointError(
-                f"{saved}: tokenizer must be known to be the checkpoint's, got a path relative to a folder that was not "
-                "saved, and no hash. Name the tokenizer on the command line."
+                f"{saved}: tokenizer must be known to be the checkpoint's, got a path relative to an unknown folder, "
+                "and no hash. Name the tokenizer on the command line."
             )
         return known[0]
     hashes = [_hash_tokenizer(path) for path in found]

@@ -17,14 +17,14 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType
 from megatron_hammer.tokenizer.export.check_loading import CONVERSATIONS
 
 SAMPLE_TEXT = "Hello, world!"
-# Some of the names by which llama.cpp takes a token for an end, whatever the file says. Source: llama_vocab::impl::load.
+# Names by which llama.cpp may take a token for an end, whatever the file says. Source: llama_vocab::impl::load.
 END_NAME = re.compile(r"end|eo[mst]\b|eo[mst]_|return|call|flush", re.IGNORECASE)
 MAX_NAMED_ENDS = 12  # each is a step of the model
 MAX_SHOWN = 3
 
 
 def check_special_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> Iterator[CheckRow]:
-    """Yield a row for what is put around a text, one for what ends an answer, for added tokens, and the chat template."""
+    """Yield a row each for what is put around a text, what ends it, added tokens, and the chat template."""
     yield _check_ends(llama_cpp, vocabulary)
     yield _check_stops(llama_cpp, vocabulary)
     yield _check_added_tokens(llama_cpp, vocabulary)

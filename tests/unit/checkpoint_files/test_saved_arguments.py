@@ -46,7 +46,8 @@ def test_without_a_hash_a_file_at_a_relative_path_may_be_any(tmp_path: Path, mon
         find_saved_tokenizer(Namespace(tokenizer_model="t.model"), tmp_path / "release")
     (tmp_path / "tokenizer").touch()
     assert find_saved_tokenizer(Namespace(tokenizer_model="t.model"), tmp_path / "release") == tmp_path / "tokenizer"
-    assert find_saved_tokenizer(Namespace(tokenizer_model=str(tmp_path / "t.model")), tmp_path / "a/b").name == "t.model"
+    absolute = tmp_path / "t.model"
+    assert find_saved_tokenizer(Namespace(tokenizer_model=str(absolute)), tmp_path / "a/b") == absolute
 
 
 @pytest.mark.parametrize("saved", [{}, {"tokenizer_model": None}, {"tokenizer_model": "gone.model"}])
