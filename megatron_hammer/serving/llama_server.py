@@ -99,6 +99,9 @@ class LlamaServer:
     async def start(self) -> None:
         """Return once the model answers; raises PlatformError or ConversionError if llama.cpp ends before that."""
         self.socket_path.unlink(missing_ok=True)  # of a process that has crashed
+        if self._reader is not None:
+            await self._reader
+            self._lines.clear()
         pipe = asyncio.subprocess.PIPE
         # A session of its own: Ctrl-C in the terminal is for this process, which ends the child when answers are done.
         process = await asyncio.create_subprocess_exec(

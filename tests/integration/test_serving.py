@@ -403,6 +403,19 @@ def test_a_signal_ends_the_server_and_frees_its_port(gguf: Path, tmp_path: Path)
         socket.create_server(("127.0.0.1", running.port)).close()
 
 
+def test_a_model_that_is_gone_after_a_crash_is_named_without_earlier_errors(gguf: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copy(gguf, tmp_path / "gone.gguf"))
+    with run_server(model) as running:
+        status, _ = running.ask(PATH, {"prompt": "a", "grammar": 'x ::= "a"'})
+        assert status == 400
+        model.unlink()
+        os.kill(running.find_child(), signal.SIGKILL)
+        _, stderr = running.process.communicate(timeout=60)
+        assert running.process.returncode == 2
+        assert "gone.gguf: llama.cpp must load the model, got: " in stderr
+        assert "grammar" not in stderr
+
+
 BAD_STARTS = {
     "no file": ("none.gguf", (), ("none.gguf:", "does not exist")),
     "no GGUF": ("text.gguf", (), ("text.gguf:", "must be a GGUF file", "hell")),

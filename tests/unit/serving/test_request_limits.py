@@ -22,6 +22,8 @@ def check(request: Any) -> Any:
         {"prompt": ["a"] * MOST_ENTRIES, "temperature": 1e-3, "seed": -1, "repeat_last_n": -1},
         {"prompt": [[1, 2], "a"], "seed": 2**63, "stream": True},
         {"messages": [{"role": 5}, "wrong"], "stop": ["a"] * MOST_ENTRIES},
+        {"stop": "春", "logit_bias": {"5": -100, " 7": 1.5, "the": 1}, "echo": False, "best_of": 1, "suffix": None},
+        {"stop": [], "logit_bias": [[5, False], ["the", 2]], "functions": []},
         {"messages": "wrong, and llama.cpp says so", "repeat_last_n": "five"},
     ],
 )
@@ -44,6 +46,19 @@ def test_more_past_tokens_than_a_conversation_has(name: str, value: float) -> No
 def test_a_number_that_llama_cpp_would_cut_to_32_bits(fields: dict[str, Any]) -> None:
     (name,) = fields
     with pytest.raises(ValueError, match=rf"^{name}: must be at most 2147483647, got -?\d+"):
+        check(fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"stop": ""}, {"stop": ["a", ""]}, {"stop": [None]}, {"stop": 5}, {"stop": {"a": 1}},
+     {"logit_bias": "x"}, {"logit_bias": {"5": "x"}}, {"logit_bias": {"5": True}}, {"logit_bias": {str(2**32 + 5): 1}},
+     {"logit_bias": [[2**32 + 5, 1]]}, {"logit_bias": [[5.5, 1]]}, {"logit_bias": [{"5": 1}]},
+     {"logit_bias": {"9" * 9999: 1}}, {"echo": True}, {"suffix": "x"}, {"best_of": 2}, {"functions": [{"name": "f"}]}],
+)  # fmt: skip
+def test_what_llama_cpp_would_leave_out_or_cut(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"^{name}: (must|is not supported).* got "):
         check(fields)
 
 
