@@ -105,7 +105,8 @@ def _write_tensor(file: BinaryIO, tensor: GgufTensor, stored: Tensor) -> bool:
     for rows in arranged.split(count_block_rows(arranged)):
         # After the conversion: a finite value above LARGEST_F16 becomes infinity in f16.
         is_finite = is_finite and bool(torch.isfinite(rows.to(dtype)).all())
-        file.write(encode_rows(rows, tensor.type))
+        if is_finite:  # else the file is removed, and quantizing NaN has no meaning
+            file.write(encode_rows(rows, tensor.type))
     return is_finite
 
 

@@ -99,6 +99,7 @@ def _find_files(folder: Path) -> tuple[Path | None, list[str]]:
         raise ConversionError(f"{folder}: model folder does not exist. Pass a Hugging Face folder.")
     for file_name, index_name in ((SAFETENSORS_FILE, SAFETENSORS_INDEX), (PYTORCH_FILE, PYTORCH_INDEX)):
         if is_present(folder / file_name, raises=ConversionError):
+            _require_no_shards(folder / index_name, file_name)
             return None, [file_name]
         if is_present(folder / index_name, raises=ConversionError):
             weight_map = _read_weight_map(folder / index_name)
@@ -108,6 +109,18 @@ def _find_files(folder: Path) -> tuple[Path | None, list[str]]:
         f"{folder}: must hold {SAFETENSORS_FILE} or {PYTORCH_FILE}, or the index of its shards, got {present}. "
         "Fetch the whole folder."
     )
+
+
+def _require_no_shards(index_path: Path, file_name: str) -> None:
+    """transformers reads the one file, llama.cpp and vLLM read the shards. An index alone is left by an earlier save."""
+    if not is_present(index_path, raises=ConversionError):
+        return
+    shards = sorted(name for name in set(_read_weight_map(index_path).values()) if name != file_name)
+    if present := [name for name in shards if is_present(index_path.with_name(name))]:
+        raise ConversionError(
+            f"{index_path.parent}: weights must be in one file or in shards, got {file_name} and {present[0]}. "
+            "Programs differ in which they read; remove the ones that are not the model's."
+        )
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

@@ -81,12 +81,14 @@ def test_twin_a_flipped_bit_is_noticed(tmp_path):
         verify_gguf(path, [EXTRA], plan(Type.F16), source.__getitem__, ignore)
 
 
-def test_every_tensor_with_nan_is_named(tmp_path):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [Type.BF16, Type.Q8_0])
+def test_every_tensor_with_nan_is_named(tmp_path, kind):
     source = sources()
     source["q"][3, 5] = float("nan")
     source["norm"][1] = float("inf")
     with pytest.raises(ConversionError) as caught:
-        write(tmp_path / "model.gguf", plan(Type.BF16), source)
+        write(tmp_path / "model.gguf", plan(kind), source)
     assert_problems(
         caught.value.problems,
         ("q:", "weights must be finite", "got NaN or infinity"),

@@ -221,3 +221,12 @@ def test_a_nested_header_is_one_sentence(tmp_path):
 def write_header(folder: Path, header: bytes) -> None:
     content = struct.pack("<Q", len(header)) + header + bytes(16)
     (folder / "model.safetensors").write_bytes(content)
+
+
+def test_one_file_beside_shards_is_refused_and_beside_an_index_alone_is_read(sharded):
+    save_file(TENSORS, sharded / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"one file or in shards, got model\.safetensors and one\.safetensors"):
+        open_hf_weights(sharded)
+    for name in SHARDS:
+        (sharded / f"{name}.safetensors").unlink()
+    assert open_hf_weights(sharded).shapes.keys() == TENSORS.keys()
