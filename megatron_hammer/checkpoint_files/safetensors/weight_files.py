@@ -112,7 +112,7 @@ def _find_files(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _require_no_shards(index_path: Path, file_name: str) -> None:
-    """transformers reads the one file, llama.cpp and vLLM read the shards. An index alone is left by an earlier save."""
+    """transformers reads the file, llama.cpp and vLLM read the shards. An index alone is left by an earlier save."""
     if not is_present(index_path, raises=ConversionError):
         return
     shards = sorted(name for name in set(_read_weight_map(index_path).values()) if name != file_name)
