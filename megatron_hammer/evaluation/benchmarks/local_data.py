@@ -225,7 +225,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     header = next(reader, [])
     rows = []
-    for cells in reader:
+    for cells in filter(None, reader):  # without empty lines
         if len(cells) != len(header):
             raise DataError(
                 f"{path}:{reader.line_num}: must have {len(header)} cells, got {len(cells)}. Copy the file again."

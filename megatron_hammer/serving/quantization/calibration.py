@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.corpus.readers import read_documents
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder
 
 # Windows are drawn from this many times the tokens that they need: enough to spread them over many documents, without
@@ -21,8 +21,14 @@ def draw_samples(
     """`num_samples` windows [1, seq_length] int64, drawn without overlap; every input gives an equal share of them.
 
     inputs: files, globs or folders, as the preprocessor reads them. Documents are joined with the end-of-document token
-    between them, as in pretraining. Raises DataError naming every input that has too little text.
+    between them, as in pretraining. Raises DataError naming every input that has too little text, and ConfigError for
+    fewer samples than inputs.
     """
+    if num_samples < len(inputs):
+        raise ConfigError(
+            f"num-samples: must be at least 1 for each of the {len(inputs)} inputs of --calibration, got {num_samples}."
+            f" Pass {len(inputs)} or more."
+        )
     generator = np.random.default_rng(seed)
     samples: list[np.ndarray] = []
     problems = []

@@ -108,8 +108,8 @@ def test_cells_keep_commas_quotes_and_line_ends(data_dir: Path) -> None:
 
 def test_a_cell_may_hold_a_line_separator_of_unicode(tmp_path: Path) -> None:
     path = tmp_path / "law_val.csv"
-    path.write_text("id,question\n0,a\u2028b\n")
-    assert read_rows(path) == [{"id": "0", "question": "a\u2028b"}]
+    path.write_text("id,question\n0,a\u2028b\n\n1,\n\n")  # empty lines are no questions
+    assert read_rows(path) == [{"id": "0", "question": "a\u2028b"}, {"id": "1", "question": ""}]
 
 
 def test_damaged_files_are_named_with_their_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.serving.quantization.calibration import draw_samples
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from tests.helpers.gguf_models import make_toy_model
@@ -51,6 +51,11 @@ def test_every_input_gives_an_equal_share(corpora, tmp_path) -> None:
     encoder = load_encoder(make_toy_model())
     samples = [encoder.decode(sample[0].tolist()) for sample in draw(corpora[0], chinese, num_samples=9)]
     assert sum("春" in text or "花" in text or "鸟" in text for text in samples) == 4  # the first gets the odd one
+
+
+def test_an_input_without_a_sample_is_refused(corpora) -> None:
+    with pytest.raises(ConfigError, match=r"num-samples: must be at least 1 for each of the 2 inputs .*, got 1"):
+        draw(*corpora, num_samples=1)
 
 
 def test_too_little_text_is_named_for_every_input(corpora) -> None:
