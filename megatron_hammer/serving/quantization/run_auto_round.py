@@ -4,6 +4,7 @@ Offline: the samples are our own, and the model and tokenizer are local folders.
 imported here only.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -52,7 +53,7 @@ def quantize_folder(folder: Path, output_dir: Path, samples: Sequence[Tensor], o
     """
     # huggingface_hub reads it when it is imported.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with _quiet_libraries(), _process_state_restored():
+    with quiet_libraries(), _process_state_restored():
         import torch
         import transformers
         from auto_round import AutoRound
@@ -111,16 +112,17 @@ def _process_state_restored() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No warnings that a user can do nothing about, and progress bars only on a terminal."""
-    before = os.environ.get("TQDM_DISABLE")
+    from tqdm import tqdm
+
+    build_bar = tqdm.__init__
     if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
+        # tqdm reads TQDM_DISABLE when it is imported, and others have done that.
+        tqdm.__init__ = functools.partialmethod(build_bar, disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        os.environ.pop("TQDM_DISABLE", None)
-        if before is not None:
-            os.environ["TQDM_DISABLE"] = before
+        tqdm.__init__ = build_bar

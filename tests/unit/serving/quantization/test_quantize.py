@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.errors import ConfigError, ConversionError, OutputError
 from megatron_hammer.serving.quantization.quantize import QuantizationOptions, quantize, verify
-from megatron_hammer.serving.quantization.run_auto_round import RoundingOptions
+from megatron_hammer.serving.quantization.run_auto_round import RoundingOptions, quiet_libraries
 from megatron_hammer.serving.quantization.source_model import open_quantizable
 from tests.helpers.messages import assert_problems, raises_problem
 from tests.helpers.packed_folders import pack_folder, write_small_source
@@ -139,3 +139,13 @@ def test_a_weight_beyond_fp16_is_refused_and_leaves_nothing(source, tmp_path, mo
     with raises_problem(ConversionError, str(source), "lm_head.weight", "1e+05", "to_gguf.py"):
         quantize(options)
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
+
+
+def test_progress_bars_are_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm
+
+    build_bar = tqdm.__init__
+    with quiet_libraries():
+        assert list(tqdm(range(2), "Loading")) == [0, 1]
+    assert capsys.readouterr().err == ""
+    assert tqdm.__init__ is build_bar
