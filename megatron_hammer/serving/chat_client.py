@@ -2,12 +2,14 @@
 
 import http.client
 import json
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_hammer.errors import ConfigError, PlatformError
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TIMEOUT_S = 600.0  # until the first token: a long prompt on a busy server
 
 
@@ -44,7 +46,7 @@ class ChatClient:
             if response.status != http.client.OK:
                 raise self._refusal(response.status, content)
             return str(json.loads(content)["data"][0]["id"])
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._failure(error) from error
         finally:
             connection.close()
@@ -62,7 +64,7 @@ class ChatClient:
             if response.status != http.client.OK:
                 raise self._refusal(response.status, response.read())
             yield from self._read_events(response)
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._failure(error) from error
         finally:
             connection.close()
@@ -75,23 +77,24 @@ class ChatClient:
             if not line.startswith(b"data:"):
                 continue
             event = json.loads(content)
-            if "error" in event:
-                raise self._refusal(int(event["error"].get("code") or 500), content)
+            if error := event.get("error"):
+                raise self._refusal(error.get("code") if isinstance(error, dict) else None, content)
             # The last event may have the counts of tokens and no choice.
             for choice in event["choices"][:1]:
-                yield choice["delta"].get("content") or ""
+                # Half of a surrogate pair is no text that could be written.
+                yield _SURROGATE.sub("\ufffd", choice["delta"].get("content") or "")
         raise http.client.IncompleteRead(b"")
 
     def _connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
         return kind(*self._address, timeout=_TIMEOUT_S)
 
-    def _refusal(self, status: int, content: bytes) -> PlatformError:
+    def _refusal(self, status: int | str | None, content: bytes) -> PlatformError:
         try:
             message = json.loads(content)["error"]["message"]
         except (ValueError, LookupError, TypeError):
             message = content[:200].decode(errors="replace")
-        return PlatformError(f"server: {self._url} must answer, got status {status}: {message}")
+        return PlatformError(f"server: {self._url} must answer, got status {status or 500}: {message}")
 
     def _failure(self, error: Exception) -> PlatformError:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,21 @@ class Terminal(io.StringIO):
         return True
 
 
+class Connection(io.BytesIO):
+    """An HTTP connection to a server that answers every request with the same events."""
+
+    status = 200
+
+    def __init__(self, events: str):
+        super().__init__(events.encode())
+
+    def request(self, *arguments: Any) -> None:
+        pass
+
+    def getresponse(self) -> "Connection":
+        return self
+
+
 def make_chat(model: Model, *, is_terminal: bool = False, system: str | None = None) -> TerminalChat:
     out = Terminal() if is_terminal else io.StringIO()
     return TerminalChat(model, "m", system, out=out, notes=io.StringIO())  # type: ignore[arg-type]
@@ -53,6 +69,26 @@ def test_every_line_is_a_turn_of_one_conversation() -> None:
         {"role": "assistant", "content": "0 1 "},
         {"role": "user", "content": "two"},
     ]
+
+
+@pytest.mark.parametrize(
+    "event, match",
+    [
+        ('{"error": {"message": "slow down", "code": "rate_limit_exceeded"}}', "status rate_limit_exceeded: slow down"),
+        ('{"error": "out of memory"}', 'status 500: {"error": "out of memory"}'),
+        ('{"choices": [{"delta": null}]}', "must answer, got: AttributeError"),
+        ('{"choices": [{"delta": {"content": ["a"]}}]}', "must answer, got: TypeError"),
+        ("[]", "must answer, got: AttributeError"),
+    ],
+)
+def test_an_event_of_another_form_is_one_error(event: str, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = '{"error": null, "choices": [{"delta": {"content": "a\\ud83d"}}]}'
+    client = ChatClient("http://localhost:1")
+    monkeypatch.setattr(client, "_connect", lambda: Connection(f"data: {half}\n\n: note\ndata:{event}\n\n"))
+    answer = client.stream("m", [])
+    assert next(answer) == "a\ufffd"
+    with pytest.raises(PlatformError, match=re.escape(match)):
+        next(answer)
 
 
 def test_lines_of_other_systems_and_of_other_encodings() -> None:
