@@ -78,6 +78,12 @@ CHECKPOINTS: tuple[Idle, ...] = (
         "ckpt_step finetune verify_checkpoint",
         "Pass --load DIR, or drop it",
     ),
+    when(  # OptimizerParamScheduler asserts it
+        lambda flags: flags["override_opt_param_scheduler"],
+        "with --override-opt-param-scheduler",
+        "use_checkpoint_opt_param_scheduler",
+        "Pass the one whose schedule counts",
+    ),
     beside("save", "keep_last", " DIR"),
     beside("keep_last", "keep_every keep_iterations", " 3"),
     beside("ckpt_fully_parallel_load", "ckpt_fully_parallel_load_"),

@@ -43,6 +43,7 @@ def find_data_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]
         problems += _find_whole_pass_problems(settings.evaluation, data.sources)
     if data.cache_dir is not None:
         problems += find_unwritable("data_cache_path", data.cache_dir)
+    problems += _find_test_set_problems(settings.evaluation, data.sources)
     encoder, tokenizer_problems = _read_tokenizer(data)
     problems += tokenizer_problems
     problems += find_vocabulary_problems(settings, encoder)
@@ -262,6 +263,17 @@ def _find_validation_set_problems(evaluation: Evaluation, data_sets: DataPlan) -
             "full-validation: must be on with several validation sets, got full_validation=off. Pass --full-validation."
         )
     return problems
+
+
+def _find_test_set_problems(evaluation: Evaluation, data_sets: DataPlan) -> list[str]:
+    """megatron-core evaluates it after the last step, as one more of the validation sets, which fails."""
+    if not evaluation.is_whole or not data_sets.sources_of("test"):
+        return []
+    remedy = "Drop --test-data-path" if data_sets.own is not None else "Give it no share, as in --split 98,2,0"
+    return [
+        "full-validation: megatron-core cannot evaluate a test set beside whole validation sets, got both. "
+        f"{remedy}, or drop --full-validation."
+    ]
 
 
 def _find_whole_pass_problems(evaluation: Evaluation, data_sets: DataPlan) -> list[str]:

@@ -34,15 +34,21 @@ def find_other_training(plan: RunPlan, saved: SavedRun) -> list[str]:
 
 
 def find_schedule_changes(plan: RunPlan, saved: SavedRun) -> list[str]:
-    """One problem with everything that differs, unless a flag says whose schedule counts or none is loaded.
+    """One problem with everything that differs, or with a schedule that begins again, unless a flag settles it.
 
     Megatron asserts it once the checkpoint is loaded on all ranks. A longer run always has another schedule, since the
     weight decay's is as long as the run.
     """
     checkpoints = plan.checkpoints
-    is_loaded = checkpoints.loads_optimizer and not (checkpoints.is_finetuned or plan.schedule.skips_training)
-    if checkpoints.is_schedule_settled or not is_loaded or plan.schedule.lr is None:
+    is_new = checkpoints.is_finetuned or plan.schedule.skips_training
+    if checkpoints.is_schedule_settled or is_new or plan.schedule.lr is None:
         return []
+    if not checkpoints.loads_optimizer:
+        return [
+            "no-load-optim: a run must continue its schedule of the learning rate, got one that begins again with its "
+            f"warm-up while steps and samples continue from {saved.directory}. Pass --finetune to begin at step 0, or "
+            "--override-opt-param-scheduler to begin only the schedule again."
+        ]
     if saved.schedule is None or saved.batch is None:  # saved by another version of Megatron
         return []
     before, now = describe_schedule(saved.schedule, saved.batch), describe_schedule(plan.schedule, plan.batch)
@@ -94,8 +100,8 @@ def _find_expert_problems(plan: RunPlan, saved: SavedRun) -> list[str]:
         "expert-model-parallel-size: an optimizer saved without expert parallelism resumes only without it, and "
         f"one saved with it only with it, got ep={ep}, in {saved.directory} ep={saved_ep}. "
         f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with "
-        f"hammer checkpoint edit reshard --expert-model-parallel-size {ep}, or pass --no-load-optim "
-        "or --finetune."
+        f"hammer checkpoint edit reshard --expert-model-parallel-size {ep}, or pass --finetune, "
+        "or --no-load-optim with --override-opt-param-scheduler."
     ]
 
 

@@ -152,10 +152,10 @@ def test_an_optimizer_of_another_expert_layout_is_refused(
     (problem,) = find(*flags)
     assert f"got ep={ep}, in" in problem
     tool = f"hammer checkpoint edit reshard --expert-model-parallel-size {ep}"
-    remedy = f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with {tool}, or pass --no-load-optim"
-    assert f"{remedy} or --finetune." in problem
+    remedy = f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with {tool}, or pass --finetune, "
+    assert f"{remedy}or --no-load-optim with --override-opt-param-scheduler." in problem
     assert find(*flags, "--finetune") == []
-    assert find(*flags, "--no-load-optim") == []
+    assert find(*flags, "--no-load-optim", "--override-opt-param-scheduler") == []
 
 
 def test_experts_may_change_between_parallel_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from megatron_hammer.config.preflight.data import find_vocabulary_problems, read
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.sources import count_split_tokens
+from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import find, parse, plan, write_data
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
@@ -225,6 +226,15 @@ def test_full_validation_with_weights_is_refused(tmp_path: Path) -> None:
     (problem,) = find_for(tmp_path, *weighted, "--full-validation")
     assert "full-validation: reads each validation set once, got weights" in problem
     assert find_for(tmp_path, "--train-data-path", blend[0], "--valid-data-path", blend[1], "--full-validation") == []
+
+
+def test_full_validation_beside_a_test_set_is_refused(tmp_path: Path) -> None:
+    a, b, c = (write_data(tmp_path / name, [40] * 20, vocab_size=500) for name in "abc")
+    own = ("--train-data-path", a, "--valid-data-path", b, "--full-validation")
+    (problem,) = find_for(tmp_path, *own, "--test-data-path", c)
+    assert_problem(problem, "full-validation:", "cannot evaluate a test set", "Drop --test-data-path")
+    (problem,) = find_for(tmp_path, "--data-path", a, "--split", "60,20,20", "--full-validation")
+    assert "Give it no share, as in --split 98,2,0" in problem
 
 
 def test_data_of_a_run_without_a_micro_batch(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ def list_idle(flag: str, settings: RunSettings) -> list[str]:
         ("--moe-router-topk 2", "moe-router-topk: has no effect without --num-experts, got --moe-router-topk typed"),
         ("--num-experts 8 --moe-token-drop-policy probs", "without --moe-expert-capacity-factor"),
         ("--log-timers-to-tensorboard", "log-timers-to-tensorboard: has no effect without --tensorboard-dir"),
+        (
+            "--load x --override-opt-param-scheduler --use-checkpoint-opt-param-scheduler",
+            "use-checkpoint-opt-param-scheduler: has no effect with --override-opt-param-scheduler",
+        ),
         ("--profile-step-start 3", "profile-step-start: has no effect without --profile"),
         ("--disable-straggler-on-startup", "without --log-straggler"),
         ("--ft-num-warmup-iters 3", "ft-num-warmup-iters: has no effect without --enable-ft-package"),

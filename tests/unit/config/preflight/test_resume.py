@@ -38,10 +38,16 @@ def test_a_longer_run_has_another_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--finetune", "--no-load-optim"]
+    "flag", ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--finetune"]
 )
 def test_a_schedule_flag_allows_another_schedule(flag: str) -> None:
     assert changes("--train-iters", "40", flag) == []
+    assert changes("--no-load-optim", flag) == []
+
+
+def test_a_schedule_that_begins_again_in_the_middle_of_a_run_must_be_meant() -> None:
+    (problem,) = changes("--no-load-optim")
+    assert_problem(problem, "no-load-optim:", f"while steps and samples continue from {FOLDER}", "--finetune")
 
 
 def test_fine_tuning_does_not_continue_pretraining() -> None:
