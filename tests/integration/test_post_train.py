@@ -223,6 +223,11 @@ def test_a_trained_model_goes_back_to_megatron(tmp_path: Path) -> None:
 
 BAD_PREFERENCES = (
     ({"instruction": "q", "chosen": "a", "rejected": " a"}, "equal-answers"),
+    (
+        {"instruction": "q"}
+        | {name: {"role": "assistant", "content": "a", "id": name} for name in ("chosen", "rejected")},
+        "equal-answers",
+    ),
     ({"instruction": "q", "chosen": "a", "rejected": " "}, "empty-turn"),
     ({"instruction": " ", "chosen": "a", "rejected": "b"}, "empty-turn"),
     ({"instruction": "q", "chosen": "a", "rejected": "fox " * 99}, "too-long"),
@@ -245,9 +250,9 @@ def test_pairs_that_teach_nothing_are_named_and_counted(
     report = train(folder, tmp_path / "out", "reward", recipe=recipe, is_lora=False, data=[str(data)], held_out_data=[])
     named = [(f"{data}:{line}", reason) for line, (_, reason) in enumerate(BAD_PREFERENCES, start=1)]
     assert sorted((place, reason) for reason, places in report.dropped.items() for place in places) == named
-    assert (report.num_records, report.num_examples) == (7, 1)
+    assert (report.num_records, report.num_examples) == (8, 1)
     told = capsys.readouterr().err
-    assert all(f"left out: {data}:{line}: " in told for line in range(1, 7))
+    assert all(f"left out: {data}:{line}: " in told for line in range(1, 8))
     write_lines(data, [BAD_PREFERENCES[0][0]])
     with pytest.raises(DataError, match="must hold a record that can be used, got 1 equal-answers"):
         train(folder, tmp_path / "none", "dpo", data=[str(data)])

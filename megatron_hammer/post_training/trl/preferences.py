@@ -28,8 +28,9 @@ def encode_pair(preference: Preference, tokenizer: ChatTokenizer, *, max_length:
 
     max_length: of the prompt with either answer, in tokens.
     """
+    equal = ConversationError("equal-answers", "chosen and rejected answer must differ, got the same one twice")
     if _strip(preference.chosen) == _strip(preference.rejected):
-        raise ConversationError("equal-answers", "chosen and rejected answer must differ, got the same one twice")
+        raise equal
     prompt = preference.prompt
     encoded = {
         name: tokenizer.encode(Conversation([*prompt.messages, *answer], prompt.tools))
@@ -45,6 +46,8 @@ def encode_pair(preference: Preference, tokenizer: ChatTokenizer, *, max_length:
     num_earlier = sum(message.get("role") == "assistant" for message in prompt.messages)
     starts = [_find_start(one, num_earlier) for one in encoded.values()]
     chosen, rejected = (one.ids[: one.turn_ends[-1]].tolist() for one in encoded.values())
+    if chosen == rejected:  # they differ in what the template does not write, such as the ids of calls
+        raise equal
     start = starts[0]
     if starts[1] != start or chosen[:start] != rejected[:start]:
         # A token may join the last character of the prompt and the first of an answer.
