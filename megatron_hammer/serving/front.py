@@ -24,6 +24,7 @@ from typing import Any
 import orjson
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, UnixConnector, web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler
 from yarl import URL
 
 from megatron_hammer.serving.llama_server import NUM_EXTRA_THREADS, LlamaServer
@@ -80,8 +81,13 @@ class Front:
             timeout=ClientTimeout(total=None),
             auto_decompress=False,
         )
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", self._handle)
+
+        @web.middleware
+        async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._handle(request)
+
+        # Not a route: none matches `OPTIONS *`, and the answer would be aiohttp's own.
+        application = web.Application(middlewares=[handle])
         # Cancellation ends the request to llama.cpp, and thereby the computation, when a client has left.
         runner = web.AppRunner(
             application,

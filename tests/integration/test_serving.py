@@ -223,6 +223,17 @@ def test_an_error_that_llama_cpp_says_in_plain_text_has_the_form_of_the_others(s
     assert (answer.status, json.loads(answer.read())["error"]["code"]) == (415, 415)
 
 
+@pytest.mark.parametrize("first_line", ["OPTIONS *", "CONNECT localhost:1"])
+def test_a_request_without_a_path_has_an_error_in_the_form_of_the_others(
+    server: RunningServer, first_line: str
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(f"{first_line} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.split()[1] == b"400"
+    assert "path: must begin with a slash" in json.loads(body)["error"]["message"]
+
+
 def test_no_messages_and_an_empty_prompt_are_answered(server: RunningServer) -> None:
     assert server.ask(CHAT, {"messages": [], "max_tokens": 2})[0] == 200
     assert server.ask(PATH, {"prompt": "", "max_tokens": 2})[0] == 200
