@@ -32,9 +32,16 @@ def test_a_longer_run_has_another_schedule() -> None:
     )
     (problem,) = changes("--train-iters", "40")
     assert "got lr_decay_samples=320 (was 160), samples=320 (was 160) in" in problem
-    (problem,) = changes("--lr", "0.002", "--weight-decay", "0.3")
-    assert "lr=0.002 (was" in problem
-    assert "start_weight_decay=0.3 (was" in problem
+    rate, decay = changes("--lr", "0.002", "--weight-decay", "0.3")
+    assert "lr=0.002 (was" in rate
+    assert "start_weight_decay=0.3 (was" in decay
+
+
+@pytest.mark.parametrize("flag", ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"])
+def test_an_optimizer_is_not_found_with_other_rates_whatever_schedule_counts(flag: str) -> None:
+    (problem,) = changes("--min-lr", "0.0002", flag)
+    assert_problem(problem, "lr: must be that of the checkpoint", "min_lr=0.0002 (was", "--no-load-optim")
+    assert changes("--min-lr", "0.0002", "--no-load-optim", flag) == []
 
 
 @pytest.mark.parametrize(
