@@ -70,7 +70,8 @@ class Checkpoints:
     is_finetuned: bool
     loads_optimizer: bool
     iteration_override: int | None
-    is_schedule_settled: bool  # a flag says whose schedule counts, the run's or the checkpoint's
+    has_own_schedule: bool  # a flag says that the run's counts, where the checkpoint's is another
+    has_saved_schedule: bool  # a flag says that the checkpoint's counts
     format: str  # --ckpt-format
     is_verified: bool  # no --no-verify-checkpoint
     keep_last: int | None
@@ -98,6 +99,8 @@ class Schedule:
     train_samples: int | None
     lr: float | None
     min_lr: float | None
+    decoupled_lr: float | None
+    decoupled_min_lr: float | None
     lr_decay_style: str
     lr_decay_iters: int | None
     lr_decay_samples: int | None

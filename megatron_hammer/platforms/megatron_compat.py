@@ -224,6 +224,17 @@ def _keep_missing_extra_states() -> None:
     dist_checkpointing.load = keep_missing_extra_states(dist_checkpointing.load)
 
 
+def _load_optimizers_under_other_rates() -> None:
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    from megatron_hammer.platforms.checkpoint_loading import load_under_own_rates, match_under_own_rates
+
+    base: Any = optimizer.MegatronOptimizer
+    base._filter_and_reorder_param_groups = staticmethod(match_under_own_rates(base._filter_and_reorder_param_groups))
+    distributed: Any = distrib_optimizer.DistributedOptimizer
+    distributed.load_state_dict = load_under_own_rates(distributed.load_state_dict)
+
+
 def _keep_write_results_in_the_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -498,6 +509,18 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         apply=_keep_missing_extra_states,
         is_needed=_has_text(
             "megatron.training.checkpointing._load_global_dist_base_checkpoint", "strict=args.dist_ckpt_strictness"
+        ),
+    ),
+    Adjustment(
+        name="other-rates",
+        platforms=("cpu", "cuda"),
+        reason="megatron finds the groups of an optimizer by their learning rates too, so that no run could continue "
+        "with another --lr or --min-lr, whatever --override-opt-param-scheduler says; and a group's own rates of the "
+        "checkpoint would come before those of the schedule",
+        upstream="megatron.core.optimizer.optimizer.MegatronOptimizer._filter_and_reorder_param_groups",
+        apply=_load_optimizers_under_other_rates,
+        is_needed=_has_text(
+            "megatron.core.optimizer.optimizer._param_group_override_keys", "_ParamGroupOverride.__annotations__"
         ),
     ),
     Adjustment(

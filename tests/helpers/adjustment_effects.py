@@ -330,6 +330,18 @@ def observe_missing_extra_states() -> Any:
     }
 
 
+def observe_other_rates() -> Any:
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    own = [{"params": [0], "wd_mult": factor, "max_lr": 2.0, "min_lr": 1.0} for factor in (0.0, 1.0)]
+    saved = [{**group, "max_lr": 4.0, "step": 5} for group in reversed(own)]
+    try:
+        matched = MegatronOptimizer._filter_and_reorder_param_groups(own, saved)
+    except ValueError:
+        return "ValueError"
+    return [[group[name] for name in ("wd_mult", "max_lr", "step")] for group in matched]
+
+
 def observe_whole_iterations() -> Any:
     """What is seen under the final name while an iteration is written, and of the tracker while that is."""
     from megatron.core import dist_checkpointing

@@ -34,37 +34,33 @@ def find_other_training(plan: RunPlan, saved: SavedRun) -> list[str]:
 
 
 def find_schedule_changes(plan: RunPlan, saved: SavedRun) -> list[str]:
-    """What differs, or that the schedule begins again, unless a flag settles it; other rates are settled by none.
+    """One problem with everything that differs, or with a schedule that begins again, unless a flag settles it.
 
     Megatron asserts it once the checkpoint is loaded on all ranks. A longer run always has another schedule, since the
     weight decay's is as long as the run.
     """
     checkpoints = plan.checkpoints
     is_new = checkpoints.is_finetuned or plan.schedule.skips_training
-    if is_new or plan.schedule.lr is None:
+    if is_new or plan.schedule.lr is None or checkpoints.has_own_schedule:
         return []
     if not checkpoints.loads_optimizer:
-        return [] if checkpoints.is_schedule_settled else [_describe_new_beginning(saved)]
+        return [] if checkpoints.has_saved_schedule else [_describe_new_beginning(saved)]
     if saved.schedule is None or saved.batch is None:  # saved by another version of Megatron
         return []
-    before, now = describe_schedule(saved.schedule, saved.batch), describe_schedule(plan.schedule, plan.batch)
-    changes = {name: f"{name}={now[name]} (was {before[name]})" for name in now if now[name] != before[name]}
-    rates = [changes.pop(name) for name in ("lr", "min_lr") if name in changes]
-    problems = []
-    if rates:
-        # Source: megatron.core.optimizer.optimizer.param_group_identifier_keys. No flag of the schedule changes them.
-        problems.append(
-            "lr: must be that of the checkpoint, where megatron-core 0.19 finds the groups of an optimizer by lr and "
-            f"min_lr, got {', '.join(rates)} in {saved.directory}. Pass the old values, or begin the optimizer and the "
-            "schedule again with --no-load-optim --override-opt-param-scheduler."
-        )
-    if changes and not checkpoints.is_schedule_settled:
-        problems.append(
-            "override-opt-param-scheduler: the schedule must be that of the checkpoint, got "
-            f"{', '.join(changes.values())} in {saved.directory}. Pass --override-opt-param-scheduler to continue with "
-            "the new one, or --use-checkpoint-opt-param-scheduler to keep the old one."
-        )
-    return problems
+    before = describe_rates(saved.schedule) | describe_schedule(saved.schedule, saved.batch)
+    now = describe_rates(plan.schedule) | describe_schedule(plan.schedule, plan.batch)
+    # The rates of the groups of parameters are the run's in any case.
+    names = describe_rates(plan.schedule) if checkpoints.has_saved_schedule else now
+    changes = [name for name in names if now[name] != before[name]]
+    if not changes:
+        return []
+    keeps_rates = not any(name in describe_rates(plan.schedule) for name in changes)
+    remedy = "--use-checkpoint-opt-param-scheduler to keep the old one" if keeps_rates else "the old values"
+    return [
+        "override-opt-param-scheduler: the schedule must be that of the checkpoint, got "
+        f"{', '.join(f'{name}={now[name]} (was {before[name]})' for name in changes)} in {saved.directory}. "
+        f"Pass --override-opt-param-scheduler to continue with the new one, or {remedy}."
+    ]
 
 
 def _describe_new_beginning(saved: SavedRun) -> str:
@@ -73,6 +69,11 @@ def _describe_new_beginning(saved: SavedRun) -> str:
         f"warm-up while steps and samples continue from {saved.directory}. Pass --finetune to begin at step 0, or "
         "--override-opt-param-scheduler to begin only the schedule again."
     )
+
+
+def describe_rates(schedule: Schedule) -> dict[str, float | None]:
+    """What the groups of parameters hold themselves, beside the scheduler, by the flags that set it."""
+    return {name: getattr(schedule, name) for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")}
 
 
 def describe_schedule(schedule: Schedule, batch: Batch) -> dict[str, Any]:

@@ -34,6 +34,7 @@ WITHOUT_FAILS: dict[str, Any] = {
     "validation-sets-of-virtual-stages": lambda outcome: outcome[0] == ["prose of stage 0", "code of stage 0"],
     "no-strides": lambda outcome: outcome.startswith("TypeError") and "strides" in outcome,
     "missing-extra-states": lambda outcome: outcome["extra state"] != "ok" and outcome["layers"] is None,
+    "other-rates": lambda outcome: outcome == "ValueError",
     "safe-loading": lambda outcome: all(outcome[way][0] for way in WAYS_IN),
     "verified-loading": lambda outcome: set(outcome.values()) == {"ok"},
     "whole-iterations": lambda outcome: (
@@ -72,6 +73,7 @@ WITH_WORKS: dict[str, Any] = {
         and outcome["weight"] == [0.0, 1.0, 2.0]
         and outcome["another object"] != "ok"
     ),
+    "other-rates": lambda outcome: outcome == [[0.0, 2.0, 5], [1.0, 2.0, 5]],
     "safe-loading": lambda outcome: (
         all(outcome[way] == [False, "CheckpointError"] for way in WAYS_IN)
         and outcome["values"] == [1, True, [0, 1, 2], 0.5]

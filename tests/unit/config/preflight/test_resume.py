@@ -32,16 +32,21 @@ def test_a_longer_run_has_another_schedule() -> None:
     )
     (problem,) = changes("--train-iters", "40")
     assert "got lr_decay_samples=320 (was 160), samples=320 (was 160) in" in problem
-    rate, decay = changes("--lr", "0.002", "--weight-decay", "0.3")
-    assert "lr=0.002 (was" in rate
-    assert "start_weight_decay=0.3 (was" in decay
+    (problem,) = changes("--lr", "0.002", "--weight-decay", "0.3")
+    assert_problem(
+        problem, "override-opt-param-scheduler:", "lr=0.002 (was", "start_weight_decay=0.3 (was", "or the old values"
+    )
 
 
-@pytest.mark.parametrize("flag", ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"])
-def test_an_optimizer_is_not_found_with_other_rates_whatever_schedule_counts(flag: str) -> None:
-    (problem,) = changes("--min-lr", "0.0002", flag)
-    assert_problem(problem, "lr: must be that of the checkpoint", "min_lr=0.0002 (was", "--no-load-optim")
-    assert changes("--min-lr", "0.0002", "--no-load-optim", flag) == []
+@pytest.mark.parametrize("rate", ["--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr"])
+def test_other_rates_are_the_runs_or_refused(rate: str) -> None:
+    flags = ("--decoupled-lr", "0.0009", "--decoupled-min-lr", "0.0001")
+    saved, run = (*RUN, *flags), (*flags, rate, "0.0002")
+    for others in ((), ("--use-checkpoint-opt-param-scheduler",)):
+        (problem,) = changes(*run, *others, saved=saved)
+        got = f"got {rate[2:].replace('-', '_')}=0.0002 (was"
+        assert_problem(problem, "override-opt-param-scheduler:", got, "Pass --override", "or the old values")
+    assert changes(*run, "--override-opt-param-scheduler", saved=saved) == []
 
 
 @pytest.mark.parametrize(
