@@ -33,9 +33,10 @@ def test_exact_counts(name: str, num_parameters: int) -> None:
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
-        ("GPT3-175B", 175), ("Nemotron4-15B", 15.6), ("nemotron-4-340b", 341), ("MPT-7b", 6.66), ("MPT-30b", 29.98),
-        ("InternLM-7B", 7.32), ("GPT-5B", 5), ("GPT3-20B", 20), ("Nemotron-8B", 8.5), ("Nemotron-22B", 21.3),
-        ("SmolLM3-3B", 3.08), ("OLMo2-32B", 32.2), ("StarCoder2-3B", 3.03), ("GPT2-1558M", 1.558), ("LLaMA-65B", 65.3),
+        ("GPT3-175B", 175), ("Nemotron4-15B", 15.6), ("nemotron-4-340b", 341), ("Nemotron-340B", 341), ("MPT-7b", 6.66),
+        ("MPT-30b", 29.98), ("InternLM-7B", 7.32), ("GPT-5B", 5), ("GPT3-20B", 20), ("Nemotron-8B", 8.5),
+        ("Nemotron-22B", 21.3), ("SmolLM3-3B", 3.08), ("OLMo2-32B", 32.2), ("StarCoder2-3B", 3.03),
+        ("GPT2-1558M", 1.558), ("LLaMA-65B", 65.3),
         ("BLOOM-176B", 176.2), ("GPT-NeoX-20B", 20.6), ("OPT-175B", 175), ("GPT-39.1B", 39.1), ("GPT-1008B", 1008),
         ("Llama-1.34B", 1.34), ("Llama-80.0B", 80.0), ("GPT-22B", 22),
     ],
