@@ -36,6 +36,8 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
         "pipeline_model_parallel_size": recipe.pipeline_model_parallel_size,
         # megatron.training.arguments.validate_args also turns 1 into None: one chunk per stage is no interleaving.
         "num_virtual_stages_per_pipeline_rank": vp if vp > 1 else None,
+        "account_for_embedding_in_pipeline_split": recipe.has_ends_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": recipe.has_ends_in_pipeline_split,
         "expert_model_parallel_size": recipe.expert_model_parallel_size,
         "expert_tensor_parallel_size": recipe.expert_tensor_parallel_size,
         "sequence_parallel": recipe.has_sequence_parallel,

@@ -4,6 +4,8 @@ Sources: arXiv 2307.09288, section 2, and meta-llama/Llama-2-*-hf config.json; a
 meta-llama/Meta-Llama-3-* config.json.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megatron_hammer.model.shape import ModelShape
@@ -23,9 +25,10 @@ def _llama(
     tp: int,
     pp: int,
     vp: int = 1,
+    recipe: Mapping[str, Any] = MappingProxyType({}),
     **shape: Any,
 ) -> Preset:
-    """What all share: cosine to a tenth, warm-up 2000, epsilon 1e-5. shape: further fields of ModelShape."""
+    """Most share: cosine to a tenth, warm-up 2000, epsilon 1e-5. recipe, shape: other fields of Recipe, ModelShape."""
     return Preset(
         num_parameters=num_parameters,
         model=ModelShape(name=name, source=source, **shape),
@@ -35,8 +38,6 @@ def _llama(
             global_batch_size=global_batch_size,
             micro_batch_size=1,
             lr=lr,
-            min_lr=lr / 10,
-            lr_warmup_steps=2000,
             train_tokens=train_tokens,
             adam_eps=1e-5,
             tensor_model_parallel_size=tp,
@@ -44,6 +45,7 @@ def _llama(
             virtual_pipeline_model_parallel_size=vp,
             # It divides the activations that TP leaves whole, at the same communication volume (arXiv 2205.05198).
             has_sequence_parallel=tp > 1,
+            **{"min_lr": lr / 10, "lr_warmup_steps": 2000, **recipe},
         ),
     )
 
@@ -64,16 +66,26 @@ def _llama2(size: str, num_parameters: int, *, layout_source: str, **row: Any) -
     )
 
 
-def _llama3(size: str, num_parameters: int, *, layout_source: str, **row: Any) -> Preset:
+def _llama3(
+    size: str,
+    num_parameters: int,
+    *,
+    layout_source: str,
+    version: str = "3",
+    batch_source: str = "Megatron-Bridge's Llama 3 recipes",
+    global_batch_size: int = 512,  # x 8192 = 4.2M tokens
+    train_tokens: int = 15_000_000_000_000,
+    **row: Any,
+) -> Preset:
     """Llama 3: 8 query groups, 15T tokens; the batch and warm-up of 8B and 70B are unpublished, NVIDIA's are taken."""
     return _llama(
         f"llama3-{size}",
         num_parameters,
-        source=f"meta-llama/Meta-Llama-3-{size.upper()} config.json",
-        recipe_source=f"lr: Llama 3, table 3; batch and warm-up: Megatron-Bridge's Llama 3 recipes; {layout_source}",
+        source=f"meta-llama/Meta-Llama-{version}-{size.upper()} config.json",
+        recipe_source=f"lr: Llama 3, table 3; batch and warm-up: {batch_source}; {layout_source}",
         seq_length=8192,
-        global_batch_size=512,  # x 8192 = 4.2M tokens
-        train_tokens=15_000_000_000_000,
+        global_batch_size=global_batch_size,
+        train_tokens=train_tokens,
         num_query_groups=8,
         vocab_size=128_256,
         max_position_embeddings=8192,
@@ -147,5 +159,24 @@ LLAMA_PRESETS = (
         pp=4,
         vp=5,
         layout_source="layout: ours, TP8 PP4 VP5 for Megatron-Bridge's TP4 CP2 PP4 VP5",
+    ),
+    _llama3(
+        "405b",
+        405_853_388_800,
+        version="3.1",
+        num_layers=126,
+        hidden_size=16_384,
+        ffn_hidden_size=53_248,
+        num_attention_heads=128,
+        lr=8e-5,
+        # 16.8M tokens: the batch after the first 2.87T tokens, which took 4M and 8M. The cosine ends with the tokens.
+        global_batch_size=2048,
+        train_tokens=15_600_000_000_000,
+        batch_source="Llama 3, section 3.4.1",
+        recipe={"min_lr": 8e-7, "lr_warmup_steps": 8000, "has_ends_in_pipeline_split": True},
+        tp=8,
+        pp=16,
+        vp=4,
+        layout_source="layout: Llama 3, section 3.3.2 and table 4; VP4 is ours",
     ),
 )

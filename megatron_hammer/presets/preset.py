@@ -30,6 +30,8 @@ class Recipe:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int = 1
+    # The embedding counts as a layer of the first stage, the head as one of the last: both have one layer fewer.
+    has_ends_in_pipeline_split: bool = False
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None  # None: as tensor_model_parallel_size
     has_sequence_parallel: bool = False
