@@ -142,5 +142,5 @@ def _find_negative_problems(flags: Flags) -> list[str]:
 
 
 def _is_in_range(value: object) -> bool:
-    """Of what is no number, nothing is said here."""
+    """Values that are not numbers pass: another check names them."""
     return not isinstance(value, int | float) or 0 <= value < math.inf

@@ -190,7 +190,7 @@ def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
 
 
 def observe_saves(observer: Any) -> None:
-    """Call `observer.end_save(step, elapsed_s)` on every rank when megatron's loop goes on after it has saved.
+    """Call `observer.end_save(step, elapsed_s)` on every rank when megatron's loop continues after it has saved.
 
     An asynchronous save is then still being written.
     """

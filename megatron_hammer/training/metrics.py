@@ -158,7 +158,7 @@ class MetricsLog:
 
 
 class LineFile:
-    """Appends JSON lines. Where the disk takes none, training goes on: they are kept, and written when it does.
+    """Appends JSON lines. Where the disk takes none, training continues: they are kept, and written when it does.
 
     Every line is written at once, so that a killed run keeps every finished step, and a person can follow the file.
     failure: what was wrong at the last line, with the file's name.
@@ -178,7 +178,7 @@ class LineFile:
         try:
             self._write()
         except OSError as error:
-            self.failure = f"{self.path}: {error.strerror}; training goes on, and the lines wait"
+            self.failure = f"{self.path}: {error.strerror}; training continues, and the lines wait"
 
     def _open(self) -> None:
         self._file = self.path.open("a+b", buffering=0)
@@ -188,7 +188,7 @@ class LineFile:
 
     def _write(self) -> None:
         if self._file is None or os.fstat(self._file.fileno()).st_nlink == 0:
-            self.failure = f"{self.path}: was deleted; training goes on, and it is begun anew"
+            self.failure = f"{self.path}: was deleted; training continues, in a new file"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
             assert self._file is not None

@@ -4,7 +4,7 @@ Every step is judged on all ranks together after the backward pass, before the o
 batch never reaches the weights, whatever `--on-bad-loss` says:
 
 stop        the weights before the step are saved, and the run ends with a sentence
-skip-batch  the optimizer skips the step, and training goes on with the next batch
+skip-batch  the optimizer skips the step, and training continues with the next batch
 roll-back   the run ends, and starts again from its newest checkpoint without the batches of the last steps
 """
 

@@ -169,7 +169,7 @@ def test_lines_that_the_disk_does_not_take_are_written_later(tmp_path: Path) -> 
     lines = LineFile(Path("/dev/full"))
     lines.append({"step": 1, "loss": 1.5})
     assert lines.failure is not None
-    assert "/dev/full: No space left on device; training goes on" in lines.failure
+    assert "/dev/full: No space left on device; training continues" in lines.failure
     lines._file = path.open("ab", buffering=0)  # there is room again
     lines.append({"step": 2, "loss": 1.5})
     assert lines.failure is None
