@@ -229,6 +229,7 @@ DRY_RUNS = {
     "llama2-70b": (f"--world-size 256 {TP} 8 {PP} 4", f"--world-size 512 {TP} 8 {PP} 8 {VP} 5 --gpu-memory-gib 80"),
     "llama3-8b": ("--world-size 64", f"--world-size 64 {TP} 4 --backend te --context-parallel-size 2"),
     "llama3-70b": (f"--world-size 512 {TP} 8 {PP} 4 --global-batch-size 512",),
+    "llama3-405b": ("--world-size 16384",),
     "qwen3-0.6b": ("--world-size 8",),
     "qwen3-1.7b": ("--world-size 16",),
     "qwen3-4b": (f"--world-size 16 {TP} 4",),
