@@ -16,7 +16,8 @@ def find_resume_problems(settings: RunSettings, plan: RunPlan | None, saved: Sav
         return problems  # of a released model Megatron loads the weights alone, without optimizer and schedule
     if other := find_other_training(plan, saved):
         return problems + other
-    return problems + find_schedule_changes(plan, saved) + _find_expert_problems(plan, saved)
+    experts = _find_expert_problems(plan, saved)
+    return problems + (find_other_groups(plan, saved) or find_schedule_changes(plan, saved)) + experts
 
 
 def find_other_training(plan: RunPlan, saved: SavedRun) -> list[str]:
@@ -60,6 +61,26 @@ def find_schedule_changes(plan: RunPlan, saved: SavedRun) -> list[str]:
         "override-opt-param-scheduler: the schedule must be that of the checkpoint, got "
         f"{', '.join(f'{name}={now[name]} (was {before[name]})' for name in changes)} in {saved.directory}. "
         f"Pass --override-opt-param-scheduler to continue with the new one, or {remedy}."
+    ]
+
+
+def find_other_groups(plan: RunPlan, saved: SavedRun) -> list[str]:
+    """A decoupled rate divides the parameters into more groups, which no flag of the schedule can match.
+
+    Source: megatron.core.optimizer.get_standard_config_overrides.
+    """
+    checkpoints = plan.checkpoints
+    is_new = checkpoints.is_finetuned or plan.schedule.skips_training
+    if is_new or not checkpoints.loads_optimizer or saved.schedule is None:
+        return []
+    was, rate = saved.schedule.decoupled_lr, plan.schedule.decoupled_lr
+    if (was is None) == (rate is None):
+        return []
+    remedy = "Leave it out" if was is None else f"Pass --decoupled-lr {was}"
+    return [
+        "decoupled-lr: an optimizer must have the groups of parameters of the checkpoint, which are others with a "
+        f"decoupled rate than without, got decoupled_lr={rate} (was {was}) in {saved.directory}. {remedy}, or begin "
+        "the optimizer and the schedule again with --no-load-optim --override-opt-param-scheduler."
     ]
 
 

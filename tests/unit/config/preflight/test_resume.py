@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 
-from megatron_hammer.config.preflight.resume import describe_schedule, find_other_training, find_schedule_changes
+from megatron_hammer.config.preflight.resume import (
+    describe_schedule,
+    find_other_groups,
+    find_other_training,
+    find_schedule_changes,
+)
 from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import TINY, parse
 
@@ -36,6 +41,17 @@ def test_a_longer_run_has_another_schedule() -> None:
     assert_problem(
         problem, "override-opt-param-scheduler:", "lr=0.002 (was", "start_weight_decay=0.3 (was", "or the old values"
     )
+
+
+@pytest.mark.parametrize(("before", "now"), [((), ("--decoupled-lr", "0.0009")), (("--decoupled-lr", "0.0009"), ())])
+def test_a_decoupled_rate_neither_begins_nor_ends_in_a_run(before: tuple[str, ...], now: tuple[str, ...]) -> None:
+    schedule = parse(*RUN, *before).plan.schedule
+    saved = SimpleNamespace(directory=FOLDER, schedule=schedule)
+    (problem,) = find_other_groups(parse(*RUN, *now, "--override-opt-param-scheduler").plan, saved)
+    assert_problem(problem, "decoupled-lr:", f"(was {schedule.decoupled_lr})", "--no-load-optim")
+    assert find_other_groups(parse(*RUN, *before).plan, saved) == []
+    assert find_other_groups(parse(*RUN, *now, "--no-load-optim").plan, saved) == []
+    assert find_other_groups(parse(*RUN, *now, "--finetune").plan, saved) == []
 
 
 @pytest.mark.parametrize("rate", ["--lr", "--min-lr", "--decoupled-lr", "--decoupled-min-lr"])
