@@ -4,8 +4,6 @@ Sources: arXiv 2307.09288, section 2, and meta-llama/Llama-2-*-hf config.json; a
 meta-llama/Meta-Llama-3-* config.json.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from megatron_hammer.model.shape import ModelShape
@@ -25,10 +23,12 @@ def _llama(
     tp: int,
     pp: int,
     vp: int = 1,
-    recipe: Mapping[str, Any] = MappingProxyType({}),
+    min_lr: float | None = None,
+    lr_warmup_steps: int = 2000,
+    has_ends_in_pipeline_split: bool = False,
     **shape: Any,
 ) -> Preset:
-    """Most share: cosine to a tenth, warm-up 2000, epsilon 1e-5. recipe, shape: other fields of Recipe, ModelShape."""
+    """All share a cosine, to a tenth unless min_lr says otherwise, and epsilon 1e-5. shape: fields of ModelShape."""
     return Preset(
         num_parameters=num_parameters,
         model=ModelShape(name=name, source=source, **shape),
@@ -38,14 +38,16 @@ def _llama(
             global_batch_size=global_batch_size,
             micro_batch_size=1,
             lr=lr,
+            min_lr=lr / 10 if min_lr is None else min_lr,
+            lr_warmup_steps=lr_warmup_steps,
             train_tokens=train_tokens,
             adam_eps=1e-5,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vp,
+            has_ends_in_pipeline_split=has_ends_in_pipeline_split,
             # It divides the activations that TP leaves whole, at the same communication volume (arXiv 2205.05198).
             has_sequence_parallel=tp > 1,
-            **{"min_lr": lr / 10, "lr_warmup_steps": 2000, **recipe},
         ),
     )
 
@@ -173,7 +175,9 @@ LLAMA_PRESETS = (
         global_batch_size=2048,
         train_tokens=15_600_000_000_000,
         batch_source="Llama 3, section 3.4.1",
-        recipe={"min_lr": 8e-7, "lr_warmup_steps": 8000, "has_ends_in_pipeline_split": True},
+        min_lr=8e-7,
+        lr_warmup_steps=8000,
+        has_ends_in_pipeline_split=True,
         tp=8,
         pp=16,
         vp=4,

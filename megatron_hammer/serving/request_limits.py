@@ -42,6 +42,7 @@ def check_request(body: bytes, *, context_tokens: int) -> bytes:
         raise ValueError(f"body: must be a JSON object, got {name_of_type(request)}. Check the request.")
     _check_fields(request, context_tokens)
     _check_ignored(request)
+    _check_biases(request.get("logit_bias"))
     try:
         return orjson.dumps(request)
     except orjson.JSONEncodeError:  # its limit is 254 levels
@@ -73,13 +74,17 @@ def _check_ignored(request: dict[str, Any]) -> None:
         if request.get(name) not in (None, harmless):
             raise ValueError(f"{name}: is not supported by llama.cpp, got {str(request[name])[:60]}. Leave it out.")
     stops = request.get("stop")
-    if stops is not None and not all(
-        isinstance(stop, str) and stop for stop in (stops if isinstance(stops, list) else [stops])
-    ):
+    texts = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"stop: must be a text or a list of texts, none empty, got {str(stops)[:60]}. Correct it.")
-    biases = request.get("logit_bias")
-    pairs = list(biases.items()) if isinstance(biases, dict) else biases
-    for pair in pairs if isinstance(pairs, list) else [] if pairs is None else [pairs]:
+
+
+def _check_biases(biases: Any) -> None:
+    if biases is None:
+        return
+    if isinstance(biases, dict):
+        biases = list(biases.items())
+    for pair in biases if isinstance(biases, list) else [biases]:
         if not _is_bias(pair):
             raise ValueError(
                 "logit_bias: must give tokens, each a text or an id of 32 bits, with a number or false, got "

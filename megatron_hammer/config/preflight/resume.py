@@ -8,6 +8,9 @@ from megatron_hammer.config.run_plan import Batch, RunPlan, RunSettings, Schedul
 from megatron_hammer.config.saved_run import SavedRun
 from megatron_hammer.model.shape import ModelShape
 
+# What the groups of parameters hold themselves, beside the scheduler: the run's in any case.
+RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+
 
 def find_resume_problems(settings: RunSettings, plan: RunPlan | None, saved: SavedRun) -> list[str]:
     """Everything against continuing `saved`."""
@@ -48,14 +51,12 @@ def find_schedule_changes(plan: RunPlan, saved: SavedRun) -> list[str]:
         return [] if checkpoints.has_saved_schedule else [_describe_new_beginning(saved)]
     if saved.schedule is None or saved.batch is None:  # saved by another version of Megatron
         return []
-    before = describe_rates(saved.schedule) | describe_schedule(saved.schedule, saved.batch)
-    now = describe_rates(plan.schedule) | describe_schedule(plan.schedule, plan.batch)
-    # The rates of the groups of parameters are the run's in any case.
-    names = describe_rates(plan.schedule) if checkpoints.has_saved_schedule else now
-    changes = [name for name in names if now[name] != before[name]]
+    before = describe_schedule(saved.schedule, saved.batch)
+    now = describe_schedule(plan.schedule, plan.batch)
+    changes = [name for name in (RATES if checkpoints.has_saved_schedule else now) if now[name] != before[name]]
     if not changes:
         return []
-    keeps_rates = not any(name in describe_rates(plan.schedule) for name in changes)
+    keeps_rates = not set(RATES).intersection(changes)
     remedy = "--use-checkpoint-opt-param-scheduler to keep the old one" if keeps_rates else "the old values"
     return [
         "override-opt-param-scheduler: the schedule must be that of the checkpoint, got "
@@ -92,13 +93,8 @@ def _describe_new_beginning(saved: SavedRun) -> str:
     )
 
 
-def describe_rates(schedule: Schedule) -> dict[str, float | None]:
-    """What the groups of parameters hold themselves, beside the scheduler, by the flags that set it."""
-    return {name: getattr(schedule, name) for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")}
-
-
 def describe_schedule(schedule: Schedule, batch: Batch) -> dict[str, Any]:
-    """What OptimizerParamScheduler compares, lengths in samples, by the flags that set it.
+    """The rates, and what else OptimizerParamScheduler compares, lengths in samples, by the flags that set it.
 
     Source: megatron.training.training.get_optimizer_param_scheduler, OptimizerParamScheduler.load_state_dict.
     """
@@ -110,8 +106,7 @@ def describe_schedule(schedule: Schedule, batch: Batch) -> dict[str, Any]:
     # validate_args sets both ends to --weight-decay for the constant style.
     is_constant = schedule.weight_decay_incr_style == "constant"
     return {
-        "lr": schedule.lr,
-        "min_lr": schedule.min_lr,
+        **{name: getattr(schedule, name) for name in RATES},
         "lr_warmup_samples": warmup if schedule.lr_warmup_fraction is None else schedule.lr_warmup_fraction * decay,
         "lr_decay_samples": decay,
         "lr_decay_style": schedule.lr_decay_style,

@@ -97,10 +97,11 @@ class ChatTokenizer:
         marked = _map_texts(conversation, self._mark)
         rendered, spans = self.render(marked)
         text, spans = self._replace_controls(rendered, spans)
-        self._refuse_lost_text(conversation, rendered.replace(MARK, ""))
+        whole = rendered.replace(MARK, "")
+        self._refuse_lost_text(conversation, whole)
         if any(MARK in text for text in _list_texts(marked)):
-            self._refuse_changed_marks(conversation, rendered.replace(MARK, ""))
-        self._refuse_changed_turns(conversation)
+            self._refuse_changed_marks(conversation, whole)
+        self._refuse_changed_turns(conversation, whole)
         num_answers = sum(message.get("role") == ASSISTANT for message in conversation.messages)
         if not num_answers:
             raise ConversationError("nothing-to-learn", "conversation must have a turn of the assistant, got none")
@@ -212,7 +213,7 @@ class ChatTokenizer:
                     "or changes",
                 )
 
-    def _refuse_changed_turns(self, conversation: Conversation) -> None:
+    def _refuse_changed_turns(self, conversation: Conversation, whole: str) -> None:
         """The proof is about plain turns; tools and calls may make a template write a turn otherwise once it is over.
 
         Such as one that moves the schemas of tools to the last question, or a later system text to the beginning.
@@ -222,7 +223,6 @@ class ChatTokenizer:
         if is_plain and not (conversation.tools or any(message.keys() - {"role", "content"} for message in messages)):
             return
         answers = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
-        whole, _ = self.render(conversation)
         for number in answers[:-1]:
             part, _ = self.render(Conversation(messages[:number], conversation.tools))
             if not whole.startswith(part):

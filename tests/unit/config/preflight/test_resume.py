@@ -125,4 +125,5 @@ def test_the_schedule_is_megatrons(flags: tuple[str, ...], monkeypatch: pytest.M
     names = {"lr": "max_lr", "start_weight_decay": "start_wd", "end_weight_decay": "end_wd", "samples": "wd_incr_steps"}
     names |= {"lr_warmup_samples": "lr_warmup_steps", "lr_decay_samples": "lr_decay_steps"}
     names |= {"weight_decay_incr_style": "wd_incr_style"}
+    assert [counted.pop(name) for name in ("decoupled_lr", "decoupled_min_lr")] == [None, None]  # not the scheduler's
     assert counted == {name: built[names.get(name, name)] for name in counted}
